@@ -9,6 +9,8 @@ D width, V vocabulary, N selected tokens. Loops are counted from 1 in everything
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -24,6 +26,14 @@ from torch import Tensor, nn
 
 class UserError(ValueError):
     """A user's mistake: one sentence that says what was given, the rule and the way out; printed without a traceback."""
+
+
+def report(main: Callable[[], None]) -> None:
+    """Run a script; end with one sentence and exit status 1 on a user's mistake."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +69,9 @@ class ModelConfig:
         for name in ("kv_heads", "ffn", "head_dim"):
             if getattr(self, name) < 0:
                 flag = f"--model.{name.replace('_', '-')}"
-                raise UserError(f"{flag} {getattr(self, name)} is negative: give a positive number, or 0 for the default")
+                raise UserError(
+                    f"{flag} {getattr(self, name)} is negative: give a positive number, or 0 for the default"
+                )
         if not self.head_dim and self.width % self.heads:
             raise UserError(
                 f"--model.width {self.width} is not divisible by --model.heads {self.heads}: "
@@ -329,7 +341,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> LoopedTransformer:
         with safe_open(path, framework="pt") as file:
             missing, extra = sorted(expected.keys() - file.keys()), sorted(file.keys() - expected.keys())
             if missing or extra:
-                raise UserError(f"{path} does not match its config.json: missing {missing or 'none'}, extra {extra or 'none'}")
+                raise UserError(
+                    f"{path} does not match its config.json: missing {missing or 'none'}, extra {extra or 'none'}"
+                )
             weights = {}
             for key, (name, shape) in expected.items():
                 tensor = file.get_tensor(key)
