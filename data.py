@@ -1,7 +1,7 @@
 """Batches: the built-in chain arithmetic, or documents from a file; and the tokenizers.
 
-A source answers `batch(index)` for every index from 0 on, so the position in the data is one integer: batch `index` of a
-seed always holds the same rows, however many processes share them (process r of w takes rows r, r + w, r + 2w, ...).
+A source answers `batch(index)` for every index from 0 on, so the position in the data is one integer. Batch `index` of
+a seed always holds the same rows, however many processes share them: process r of w takes rows r, r + w, r + 2w, ...
 
     python data.py tokenizer --path train.jsonl --vocab 4096 --out tokenizer.json     trains a tokenizer
 """
@@ -62,8 +62,8 @@ def seeded(*key) -> torch.Generator:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chain arithmetic: a row is operand, operator, operand, ..., evaluated left to right mod 5; the running value is asked at
-# every operand, so a row asks every prefix of itself and the n-th operand is a problem of known depth n.
+# Chain arithmetic: a row is operand, operator, operand, ..., evaluated left to right mod 5. The running value is asked
+# at every operand, so a row asks every prefix of itself, and the n-th operand is a problem of known depth n.
 
 MODULUS, OPERATORS = 5, ("+", "-", "×")
 
@@ -71,12 +71,11 @@ MODULUS, OPERATORS = 5, ("+", "-", "×")
 class Chain:
     """Endless rows of chain arithmetic. One row in eight, by a hash of the row, is held out and never trained on."""
 
-    def __init__(self, operands: int, *, batch: int, seed: int, held_out: int = 0):
+    def __init__(self, operands: int, *, batch: int, seed: object, held_out: int = 0):
         """held_out: 0 for the training rows; else the number of held-out rows, in batches that end."""
         self.operands, self.size, self.seed, self.held_out = operands, batch, seed, held_out
         self.batches = -(-held_out // batch)  # in one pass over the held-out rows
         self.depth = torch.arange(2 * operands - 1) // 2 + 1  # T  how many operands the answer at a position depends on
-        self.notes: list[str] = []
 
     def batch(self, index: int, *, rank: int = 0, world: int = 1) -> Batch:
         size = min(self.size, self.held_out - index * self.size) if self.held_out else self.size
@@ -292,8 +291,8 @@ def encode(path: Path, tokenizer: Tokenizer, vocab: int, config: DataConfig) -> 
     """Rows of at most length + 1 tokens, and sentences on what was cut or left out.
 
     Prompt and response are tokenized apart, so the boundary is exact, and text never yields a special token.
-    Raises UserError for what `read` refuses, a tokenizer without the special tokens, a token outside the vocabulary, and
-    a file with no token that counts.
+    Raises UserError for what `read` refuses, a tokenizer without the special tokens, a token outside the vocabulary,
+    and a file with no token that counts.
     """
     pairs, most = read(path, config.prompt_key, config.response_key), config.length + 1
     tokenizer.encode_special_tokens = True
@@ -347,8 +346,8 @@ class Documents:
 
     pool = 64  # batches whose documents are sorted by length together
 
-    def __init__(self, rows: list[Row], notes: list[str], *, batch: int, seed: int):
-        self.rows, self.notes, self.size, self.seed = rows, notes, batch, seed
+    def __init__(self, rows: list[Row], *, batch: int, seed: object):
+        self.rows, self.size, self.seed = rows, batch, seed
         self.lengths = torch.tensor([len(r.ids) for r in rows])
         self.depth = None
         self.epoch: tuple[int, list[Tensor]] = -1, []
@@ -382,21 +381,26 @@ class Documents:
         return Batch(inputs, targets, mask)
 
 
-def sources(config: DataConfig, tokenizer: Tokenizer, vocab: int, *, batch: int, val_batch: int, seed: int):
-    """The training rows and the held-out rows.    -> Chain, Chain or Documents, Documents"""
+def source(rows: list[Row] | None, config: DataConfig, *, batch: int, seed: object, held_out: bool = False):
+    """Batches of these rows, or of chain arithmetic if there are none.    -> Documents or Chain"""
+    if rows is not None:
+        return Documents(rows, batch=batch, seed=seed)
+    return Chain(config.operands, batch=batch, seed=seed, held_out=config.val_rows if held_out else 0)
+
+
+def split(config: DataConfig, tokenizer: Tokenizer, vocab: int, *, seed: int):
+    """Rows to train on, rows held out, and sentences on what was cut; None and None for the built-in task."""
     if config.path is None:
-        held_out = Chain(config.operands, batch=val_batch, seed=seed, held_out=config.val_rows)
-        return Chain(config.operands, batch=batch, seed=seed), held_out
+        return None, None, []
     train, notes = encode(config.path, tokenizer, vocab, config)
     if config.val:
         val, val_notes = encode(config.val, tokenizer, vocab, config)
-    else:
-        if len(train) < 2:
-            raise UserError(f"{config.path} gives a single row, so none can be held out: give --data.val")
-        order = torch.randperm(len(train), generator=seeded(seed, "held out")).tolist()
-        n = min(256, -(-len(train) // 20))
-        train, val, val_notes = [train[i] for i in order[n:]], [train[i] for i in order[:n]], []
-    return Documents(train, notes, batch=batch, seed=seed), Documents(val, val_notes, batch=val_batch, seed=seed)
+        return train, val, notes + val_notes
+    if len(train) < 2:
+        raise UserError(f"{config.path} gives a single row, so none can be held out: give --data.val")
+    order = torch.randperm(len(train), generator=seeded(seed, "held out")).tolist()
+    n = min(256, -(-len(train) // 20))
+    return [train[i] for i in order[n:]], [train[i] for i in order[:n]], notes
 
 
 if __name__ == "__main__":

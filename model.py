@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 
 class UserError(ValueError):
-    """A user's mistake: one sentence that says what was given, the rule and the way out; printed without a traceback."""
+    """A user's mistake: one sentence with what was given, the rule and the way out; printed without a traceback."""
 
 
 def report(main: Callable[[], None]) -> None:
@@ -33,7 +33,8 @@ def report(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        rank = os.environ.get("RANK", "0")
+        sys.exit(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class LoopedTransformer(nn.Module):
         self.norm = RMSNorm(c.width, c.rms_norm_eps)
         self.early_exit_gate = nn.Linear(c.width, 1)
         self.lm_head = nn.Linear(c.width, c.vocab_size, bias=False)
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=c.init_std, generator=generator)
         nn.init.zeros_(self.early_exit_gate.bias)
@@ -230,7 +231,7 @@ class LoopedTransformer(nn.Module):
 
 
 def exit_logpdf(gate: Tensor) -> Tensor:
-    """Log-probability of leaving after each loop; the last loop takes what is left.    B T L -> B T L    (Ouro, Eq. 3)"""
+    """Log-probability of leaving after each loop; the last takes what is left.    B T L -> B T L    (Ouro, Eq. 3)"""
     stay, leave = F.logsigmoid(-gate[..., :-1]), F.logsigmoid(gate[..., :-1])  # B T L-1
     return F.pad(stay.cumsum(-1), (1, 0)) + F.pad(leave, (0, 1))  # B T L
 
@@ -299,8 +300,7 @@ def save(model: LoopedTransformer, folder: Path, tokenizer=None) -> None:
     """
     if folder.exists():
         raise UserError(f"{folder} is there already: nothing saved is overwritten, give another folder")
-    c = model.config
-    shape = {ours: value for ours, value in asdict(c).items()}
+    c, shape = model.config, asdict(model.config)
     config = CONFIG_FIXED | {key: shape[ours] for key, ours in CONFIG_KEYS.items()}
     config |= {"bos_token_id": c.eos_token_id, "layer_types": ["full_attention"] * c.layers}
     weights = {ouro_name(name): p.detach().cpu().contiguous() for name, p in model.named_parameters()}
