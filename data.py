@@ -153,6 +153,24 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UserError(f"{name} is not a tokenizer ({error}): give a tokenizer.json, or 'bytes'") from error
 
 
+def pick_tokenizer(config: DataConfig, checkpoint: Path | None) -> Tokenizer:
+    """The one asked for, else the checkpoint's own, else the built-in task's or the bytes.
+
+    Raises UserError for a checkpoint without tokenizer.json, or one trained on text while the built-in task is asked for.
+    """
+    if checkpoint and config.tokenizer == "auto":
+        if not (checkpoint / "tokenizer.json").is_file():
+            raise UserError(f"{checkpoint} has no tokenizer.json: give one with --data.tokenizer")
+        tokenizer = load_tokenizer(str(checkpoint / "tokenizer.json"))
+    elif config.path is None:
+        tokenizer = chain_tokenizer()
+    else:
+        tokenizer = load_tokenizer("bytes" if config.tokenizer == "auto" else config.tokenizer)
+    if config.path is None and not is_chain(tokenizer):
+        raise UserError(f"{checkpoint} was trained on text, not on the built-in chain arithmetic: give --data.path")
+    return tokenizer
+
+
 def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
