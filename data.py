@@ -56,9 +56,9 @@ class DataConfig:
             raise UserError(f"--data.val {self.val} came without --data.path: give the file to train on too")
 
 
-def seeded(*key) -> torch.Generator:
-    """A CPU generator whose numbers depend on the key alone, the same on every machine."""
-    return torch.Generator().manual_seed(random.Random("/".join(map(str, key))).getrandbits(62))
+def seeded(*key, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose numbers depend on the key and the kind of device alone."""
+    return torch.Generator(device).manual_seed(random.Random("/".join(map(str, key))).getrandbits(62))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 def pick_tokenizer(config: DataConfig, checkpoint: Path | None) -> Tokenizer:
     """The one asked for, else the checkpoint's own, else the built-in task's or the bytes.
 
-    Raises UserError for a checkpoint without tokenizer.json, or one trained on text while the built-in task is asked for.
+    Raises UserError for a checkpoint without tokenizer.json, or one trained on text while no text is given.
     """
     if checkpoint and config.tokenizer == "auto":
         if not (checkpoint / "tokenizer.json").is_file():

@@ -105,7 +105,8 @@ def score(
         with autocast(device, precision):
             out = m(batch.inputs)
             hidden, targets = out.hidden[batch.mask], batch.targets[batch.mask]  # N L D, N
-            for h, target, gate in zip(hidden.split(1024), targets.split(1024), out.gate[batch.mask].split(1024)):
+            pieces = (part.split(1024) for part in (hidden, targets, out.gate[batch.mask]))
+            for h, target, gate in zip(*pieces, strict=True):
                 logits = m.logits(h)  # N L V
                 entropy = torch.distributions.Categorical(logits=logits[:, -1]).entropy()  # N
                 parts.append([(logits.argmax(-1) == target[:, None]).cpu(), gate.cpu(), entropy.cpu()])
