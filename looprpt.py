@@ -47,7 +47,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 import data
 import eval
 import model
-from data import Batch, Chain, DataConfig, Documents
+from data import Batch, DataConfig
 from eval import Precision, autocast, console, counted, pick_device
 from model import LoopedTransformer, ModelConfig, UserError, exit_logpdf, exit_loop, report
 
@@ -190,7 +190,7 @@ def hard_count(mask: Tensor, rho: float) -> Tensor:
 
 def hard_tokens(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
     """The counted tokens of each row at which the teacher is least sure.    B T, B T -> B T    (step 2)"""
-    order = entropy.masked_fill(~mask, -math.inf).argsort(-1, descending=True, stable=True)  # B T
+    order = entropy.masked_fill(~mask, -math.inf).argsort(dim=-1, descending=True, stable=True)  # B T
     return order.argsort(-1) < hard_count(mask, rho)[:, None]
 
 
@@ -533,8 +533,8 @@ def watch(steps: Iterator[dict], total: int, stage: str, log: TextIO) -> None:
                 status += f"  reward {mean['reward']:+.3f}"
             bar.update(task, advance=1, status=status)
             if (
-                not console.is_terminal
-                and now["step"] in (1, total)
+                (not console.is_terminal
+                and now["step"] in (1, total))
                 or now["step"] * 20 // total > (now["step"] - 1) * 20 // total
             ):
                 console.print(f"{stage:>8} {now['step']}/{total}  {status}")
