@@ -161,7 +161,7 @@ def results(scores: Mapping[str, Scores], *, device: torch.device, seed: int) ->
 
 
 def show(found: dict) -> None:
-    """Print the table, and a second one by operand or by difficulty."""
+    """Print the table, and a second one by operand or by difficulty; q=0.5 is the gate's exit at threshold 0.5."""
     models = found["models"]
     names = list(next(iter(models.values()))["buckets"])
     depths = [name for name in names if name.startswith("depth_")]
@@ -170,9 +170,9 @@ def show(found: dict) -> None:
     for title, chosen in (("held-out tokens", ["all"]), (f"by {by}", depths or [*DIFFICULTY])):
         table = Table(title=f"accuracy in %, {title}", title_justify="left")
         for head in ([by] if chosen != ["all"] else []) + ["model"]:
-            table.add_column(head)
-        for head in ["tokens", *(f"loop {i + 1}" for i in range(loops)), "gate, q = 0.5", "mean loops"]:
-            table.add_column(head, justify="right")
+            table.add_column(head, no_wrap=True)
+        for head in ["tokens", *(f"loop {i + 1}" for i in range(loops)), "q=0.5", "loops"]:
+            table.add_column(head, justify="right", no_wrap=True)
         for bucket in chosen:
             for name, m in models.items():
                 b = m["buckets"][bucket]

@@ -89,9 +89,7 @@ class RPTConfig:
 
     steps: int = 500  # optimiser steps
     lr: float = 1e-3  # peak learning rate
-    estimator: Literal["sampled", "exact"] = (
-        "exact"  # a drawn exit per rollout (the paper), or the expectation over exits
-    )
+    estimator: Literal["sampled", "exact"] = "exact"  # draw an exit per rollout (the paper), or take the expectation
     rollouts: int = 1  # G, noisy latent rollouts (the paper: 8, with the sampled estimator)
     noise_std: float = 0.1  # standard deviation of the noise on the state fed to the next loop
     reward: Literal["clean", "rollout"] = "clean"  # from the clean pass (the paper), or recomputed on each rollout
@@ -207,16 +205,16 @@ def time_price(entropy: Tensor, vocab: int, lambda_base: float, lambda_scale: fl
 
 
 def exit_reward(logp: Tensor, baseline: Tensor, price: Tensor, ref_loop: Tensor) -> Tensor:
-    """R(l): what leaving after loop l gains over the teacher, less the price.    ... L, ..., ..., ... -> ... L    (step 5)
+    """R(l): what leaving after loop l gains over the teacher, less the price.    (step 5)
 
-    A constant: no gradient passes.
+    ... L, ..., ..., ... -> ... L. A constant: no gradient passes.
     """
     late = torch.arange(logp.shape[-1], device=logp.device) - ref_loop[..., None]  # ... L
     return (logp - baseline[..., None] - price[..., None] * late).detach()
 
 
 def standardized(x: Tensor) -> Tensor:
-    """Centred, and divided by the standard deviation (unbiased), over the last axis.    ... K -> ... K    (steps 7, 8)"""
+    """Centred, and divided by the (unbiased) standard deviation, over the last axis.    ... K -> ... K    (7, 8)"""
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
 
 
@@ -227,7 +225,7 @@ def draw_exits(logpi: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def sampled_policy_loss(rollout_logpi: Tensor, exits: Tensor, reward: Tensor) -> Tensor:
-    """The paper's policy gradient: each drawn exit against the token's other rollouts.    N G L, N G, N G L -> N    (7)"""
+    """The paper's policy gradient: a drawn exit against the token's other rollouts.    N G L, N G, N G L -> N    (7)"""
     index = exits[..., None]  # N G 1
     advantage = standardized(reward.gather(-1, index).squeeze(-1))  # N G
     return -(advantage.detach() * rollout_logpi.gather(-1, index).squeeze(-1)).mean(-1)
@@ -282,8 +280,8 @@ def gate_loss(gate: Tensor, logp: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The objectives: a batch in, a loss out. Losses and measurements are sums over this process's tokens, divided by a count
-# over all processes, so they add up over processes and micro-batches.
+# The objectives: a batch in, a loss out. Losses and measurements are sums over this process's tokens, divided by a
+# count over all processes, so they add up over processes and micro-batches.
 
 
 class Loss(NamedTuple):
@@ -532,12 +530,9 @@ def watch(steps: Iterator[dict], total: int, stage: str, log: TextIO) -> None:
             if "reward" in mean:
                 status += f"  reward {mean['reward']:+.3f}"
             bar.update(task, advance=1, status=status)
-            if (
-                (not console.is_terminal
-                and now["step"] in (1, total))
-                or now["step"] * 20 // total > (now["step"] - 1) * 20 // total
-            ):
-                console.print(f"{stage:>8} {now['step']}/{total}  {status}")
+            step = now["step"]
+            if not console.is_terminal and (step == 1 or step * 20 // total > (step - 1) * 20 // total):
+                console.print(f"{stage:>8} {step}/{total}  {status}")
 
 
 def main() -> None:

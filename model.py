@@ -268,6 +268,7 @@ CONFIG_KEYS = {  # Ouro's name: ours
     "eos_token_id": "eos_token_id",
     "early_exit_threshold": "exit_threshold",
 }
+NEEDED = ("layers", "loops", "width", "heads", "ffn", "vocab_size")  # the shape; the rest has Ouro's defaults
 CONFIG_FIXED = {  # keys whose value is part of the architecture, or that only other programs read
     "architectures": ["OuroForCausalLM"],
     "model_type": "ouro",
@@ -324,7 +325,10 @@ def load_config(folder: Path) -> ModelConfig:
         if config["model_type"] != "ouro":
             raise UserError(f"{path} says model_type {config['model_type']!r}: only 'ouro' is known here")
         found = {ours: config[key] for key, ours in CONFIG_KEYS.items() if key in config}
-        return ModelConfig(**{"kv_heads": config["num_attention_heads"]} | found).resolved()
+        missing = [key for key, ours in CONFIG_KEYS.items() if ours in NEEDED and key not in config]
+        if missing:
+            raise UserError(f"{path} lacks {', '.join(missing)}: restore the file")
+        return ModelConfig(**found).resolved()
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not the configuration of an Ouro model ({error!r}): restore the file") from error
 

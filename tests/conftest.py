@@ -1,0 +1,20 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden",
+        type=Path,
+        default=Path(__file__).parent / "golden",
+        help="folder of the reference cases: ouro_tiny/ and rl_step/",
+    )
+
+
+@pytest.fixture
+def golden(request) -> Path:
+    return request.config.getoption("golden")

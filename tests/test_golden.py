@@ -1,0 +1,131 @@
+"""Reference numbers of other implementations: the published modelling code, and a research implementation of the step.
+
+Where they come from is in tests/golden/README.md. Other cases of the same layout: pytest -k golden --golden DIR
+"""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from einops import rearrange
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import looprpt
+import model
+from data import Batch
+from looprpt import Counts, RPTConfig, rpt_step
+
+
+def test_golden_model(golden):
+    net, expected = model.load(golden / "ouro_tiny"), load_file(golden / "ouro_tiny" / "reference.safetensors")
+    with torch.no_grad():
+        out = net(expected["input_ids"])
+        logits = net.logits(out.hidden)
+    close = {"rtol": 1e-5, "atol": 1e-5}  # float32 in another order of additions
+    assert_close(out.hidden, expected["hidden"], **close)
+    assert_close(out.gate, expected["gate_logits"], **close)
+    assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5 * expected["logits"].abs().max().item())
+    assert_close(model.exit_logpdf(out.gate).exp(), expected["exit_pdf"], **close)
+    thresholds = [name for name in expected if name.startswith("exit_loop_q")]
+    assert thresholds
+    for name in thresholds:
+        threshold = int(name.removeprefix("exit_loop_q")) / 100
+        assert_close(model.exit_loop(out.gate, threshold) + 1, expected[name].long(), msg=name)
+
+
+@pytest.fixture
+def step(golden, monkeypatch):
+    """The reference step's numbers, and a function that runs ours on its inputs, draws and hyper-parameters."""
+    folder = golden / "rl_step"
+    found, tensors = json.loads((folder / "reference.json").read_text()), load_file(folder / "reference.safetensors")
+    hyper = found["hyper"]
+    ids, hard = tensors["input_ids"].long(), tensors["hard_mask"].bool()
+    batch = Batch(ids[:, :-1], ids[:, 1:], tensors["loss_mask_at_prediction"][:, :-1].bool())
+    exits = rearrange(tensors["sampled_loops"].long()[:, :-1], "(b g) t -> b t g", g=hyper["rollouts"])[hard]  # N G
+    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: exits)
+    cfg = RPTConfig(
+        estimator="sampled",
+        rollouts=hyper["rollouts"],
+        noise_std=hyper["sigma"],
+        rho=hyper["rho"],
+        tau=hyper["tau"],
+        lambda_base=hyper["lambda_base"],
+        lambda_scale=hyper["lambda_scale"],
+        pg_weight=hyper["alpha"],
+        rep_weight=hyper["beta"],
+        ent_weight=hyper["gamma"],
+        kl_weight=0.0,
+    )
+
+    def run(**changes):
+        student, teacher = (model.load(folder / name) for name in ("student", "teacher"))
+        return student, rpt_step(
+            student, teacher, batch, replace(cfg, **changes), counts=Counts(batch.mask.sum(), hard.sum())
+        )
+
+    return found, tensors, batch, cfg, run
+
+
+def test_golden_hard_tokens(golden, step):
+    found, tensors, batch, cfg, _ = step
+    teacher = model.load(golden / "rl_step" / "teacher")
+    with torch.no_grad():
+        entropy = looprpt.entropy_of(teacher.logits(teacher(batch.inputs).hidden[:, :, -1]))
+    assert_close(entropy, tensors["teacher_entropy"], rtol=1e-4, atol=1e-5)
+    hard = looprpt.hard_tokens(entropy, batch.mask, cfg.rho)
+    assert hard.equal(tensors["hard_mask"].bool())
+    assert hard.sum() == found["metrics"]["n_hard"]
+
+
+def test_golden_terms(step):
+    found, _, _, cfg, run = step
+    expected, close = found["metrics"], {"rel": 1e-4, "abs": 1e-7}
+    measured = {name: value.item() for name, value in run()[1].measured.items()}
+    assert measured["pg"] == pytest.approx(expected["pg_loss"], **close)
+    assert measured["rep"] == pytest.approx(expected["model_loss"], **close)
+    assert cfg.ent_weight * measured["ent"] == pytest.approx(expected["entropy_loss"], **close)
+    assert measured["loss"] == pytest.approx(expected["total_loss"], **close)
+    assert measured["reward"] == pytest.approx(found["student_avg_reward"], **close)
+    assert measured["loops"] - 1 == pytest.approx(found["expected_loop_zero_based"], **close)
+
+
+def test_golden_k3(golden, step):
+    """That code weighs K3 by the exit distribution and clamps the result; ours averages it over the loops."""
+    found, tensors, batch, _, _ = step
+    hard = tensors["hard_mask"].bool()
+    nets = [model.load(golden / "rl_step" / name) for name in ("student", "teacher")]
+    with torch.no_grad():
+        outs = [net(batch.inputs) for net in nets]
+        logp, teacher_logp = (
+            looprpt.logp_of(net.logits(out.hidden[hard]), batch.targets[hard])
+            for net, out in zip(nets, outs, strict=True)
+        )
+    k3 = [looprpt.k3_kl(s, t) for s, t in zip(logp.split(1, 1), teacher_logp.split(1, 1), strict=True)]
+    k3 = torch.stack(k3, 1).clamp(max=10)  # N L
+    weighted = (model.exit_logpdf(outs[0].gate[hard]).exp() * k3).sum(-1).mean()
+    assert weighted.item() == pytest.approx(found["metrics"]["kl_loss_unweighted"], rel=1e-4)
+
+
+def test_golden_gradients(step):
+    _, tensors, _, _, run = step
+    student, found = run()
+    found.loss.backward()
+    expected = {name.removeprefix("grad."): g for name, g in tensors.items() if name.startswith("grad.")}
+    names = {model.ouro_name(name): p for name, p in student.named_parameters()}
+    assert expected.keys() == names.keys()
+    for name, gradient in expected.items():
+        error = (names[name].grad - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert error < 1e-4, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("term", ["pg_weight", "rep_weight", "ent_weight"])
+def test_golden_gradients_notice_a_wrong_sign(step, term):
+    """A check of the check: with one term's sign turned, some gradient leaves the tolerance by far."""
+    _, tensors, _, cfg, run = step
+    student, found = run(**{term: -getattr(cfg, term)})
+    found.loss.backward()
+    grads = {model.ouro_name(name): p.grad for name, p in student.named_parameters()}
+    errors = [(grads[n[5:]] - g).norm() / g.norm() for n, g in tensors.items() if n.startswith("grad.") and g.any()]
+    assert max(errors) > 1e-3
