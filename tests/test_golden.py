@@ -87,25 +87,46 @@ def test_golden_terms(step):
     assert measured["rep"] == pytest.approx(expected["model_loss"], **close)
     assert cfg.ent_weight * measured["ent"] == pytest.approx(expected["entropy_loss"], **close)
     assert measured["loss"] == pytest.approx(expected["total_loss"], **close)
-    assert measured["reward"] == pytest.approx(found["student_avg_reward"], **close)
-    assert measured["loops"] - 1 == pytest.approx(found["expected_loop_zero_based"], **close)
 
 
-def test_golden_k3(golden, step):
-    """That code weighs K3 by the exit distribution and clamps the result; ours averages it over the loops."""
-    found, tensors, batch, _, _ = step
-    hard = tensors["hard_mask"].bool()
-    nets = [model.load(golden / "rl_step" / name) for name in ("student", "teacher")]
-    with torch.no_grad():
+@pytest.fixture
+def passes(golden, step):
+    """Both models on the tokens of a selection: output of each, and log-probability of the gold token after each loop."""
+    batch, nets = step[2], [model.load(golden / "rl_step" / name) for name in ("student", "teacher")]
+
+    @torch.no_grad()
+    def run(selected):
         outs = [net(batch.inputs) for net in nets]
-        logp, teacher_logp = (
-            looprpt.logp_of(net.logits(out.hidden[hard]), batch.targets[hard])
-            for net, out in zip(nets, outs, strict=True)
+        logits = [net.logits(out.hidden[selected]) for net, out in zip(nets, outs, strict=True)]
+        return (
+            [out.gate[selected] for out in outs],
+            logits,
+            [looprpt.logp_of(x, batch.targets[selected]) for x in logits],
         )
+
+    return run
+
+
+def test_golden_k3(step, passes):
+    """That code weighs K3 by the exit distribution and clamps the result; ours averages it over the loops."""
+    found, tensors, *_ = step
+    (gate, _), _, (logp, teacher_logp) = passes(tensors["hard_mask"].bool())
     k3 = [looprpt.k3_kl(s, t) for s, t in zip(logp.split(1, 1), teacher_logp.split(1, 1), strict=True)]
-    k3 = torch.stack(k3, 1).clamp(max=10)  # N L
-    weighted = (model.exit_logpdf(outs[0].gate[hard]).exp() * k3).sum(-1).mean()
+    weighted = (model.exit_logpdf(gate).exp() * torch.stack(k3, 1).clamp(max=10)).sum(-1).mean()
     assert weighted.item() == pytest.approx(found["metrics"]["kl_loss_unweighted"], rel=1e-4)
+
+
+def test_golden_reward_and_loops(step, passes):
+    """What that code logs of them: plain averages over all positions, those of the prompt too."""
+    found, _, batch, cfg, _ = step
+    (gate, teacher_gate), (_, teacher_logits), (logp, teacher_logp) = passes(torch.ones_like(batch.mask))
+    ref_loop, baseline = looprpt.reference(teacher_logp, teacher_gate, cfg.tau)
+    entropy = looprpt.entropy_of(teacher_logits[:, -1])
+    price = looprpt.time_price(entropy, teacher_logits.shape[-1], cfg.lambda_base, cfg.lambda_scale)
+    reward = looprpt.exit_reward(logp, baseline, price, ref_loop)
+    assert reward.mean().item() == pytest.approx(found["student_avg_reward"], rel=1e-4)
+    loops = looprpt.mean_loop(model.exit_logpdf(gate)).mean().item()
+    assert loops - 1 == pytest.approx(found["expected_loop_zero_based"], rel=1e-4)
 
 
 def test_golden_gradients(step):
