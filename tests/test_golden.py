@@ -91,7 +91,7 @@ def test_golden_terms(step):
 
 @pytest.fixture
 def passes(golden, step):
-    """Both models on the tokens of a selection: output of each, and log-probability of the gold token after each loop."""
+    """Runs both models on chosen tokens: gates, logits, and log-probability of the gold token after each loop."""
     batch, nets = step[2], [model.load(golden / "rl_step" / name) for name in ("student", "teacher")]
 
     @torch.no_grad()
