@@ -1,0 +1,209 @@
+"""The looped model's own laws, and its checkpoint folders."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import data
+import model
+from model import LoopedTransformer, ModelConfig, UserError
+
+SHAPE = ModelConfig(layers=2, loops=4, width=16, heads=4, kv_heads=2, vocab_size=11, init_std=0.3)
+
+
+@pytest.fixture
+def net():
+    net = LoopedTransformer(SHAPE, generator=torch.Generator().manual_seed(0)).double()
+    torch.nn.init.normal_(net.early_exit_gate.bias, generator=torch.Generator().manual_seed(1))
+    return net
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(11, (3, 7), generator=torch.Generator().manual_seed(2))
+
+
+def test_looped_equals_unrolled(net, ids):
+    out = net(ids)
+    state, states = net.embed_tokens(ids), []
+    cos, sin = model.rotary(7, 4, 1e6, ids.device)
+    for _ in range(4):
+        for layer in net.layers:
+            state = layer(state, cos, sin)
+        state = net.norm(state)
+        states.append(state)
+    assert_close(out.hidden, torch.stack(states, 2))
+    gate = torch.stack([net.early_exit_gate(h)[..., 0] for h in states], 2)
+    assert_close(out.gate, gate)
+    assert out.hidden.shape == (3, 7, 4, 16)
+
+
+def test_more_loops_leave_the_earlier_ones_alone(net, ids):
+    short, long = net(ids, loops=2), net(ids, loops=6)
+    assert_close(short.hidden, long.hidden[:, :, :2], rtol=0, atol=0)
+
+
+def test_going_on_from_a_state_equals_having_run_through(net, ids):
+    whole = net(ids)
+    rest = net(whole.hidden[:, :, 0], loops=3)
+    assert_close(rest.hidden, whole.hidden[:, :, 1:])
+    assert_close(rest.gate, whole.gate[:, :, 1:])
+
+
+def test_a_token_sees_nothing_that_comes_after_it(net, ids):
+    changed = ids.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 11
+    before, after = net(ids).hidden, net(changed).hidden
+    assert_close(before[:, :4], after[:, :4], rtol=0, atol=0)
+    assert (before[:, 4:] != after[:, 4:]).any(-1).all(), "and everything from it on does change, in every loop"
+
+
+def test_rows_of_a_batch_do_not_mix(net, ids):
+    assert_close(net(ids).hidden[1:2], net(ids[1:2]).hidden)
+
+
+def test_noise_enters_only_what_is_fed_to_the_next_loop(net, ids):
+    clean, noisy = net(ids), net(ids, noise_std=0.1, generator=torch.Generator().manual_seed(3))
+    assert_close(noisy.hidden[:, :, 0], clean.hidden[:, :, 0], rtol=0, atol=0)
+    assert_close(noisy.gate[:, :, 0], clean.gate[:, :, 0], rtol=0, atol=0)
+    noise = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    second = net(clean.hidden[:, :, 0] + 0.1 * noise, loops=1)
+    assert_close(noisy.hidden[:, :, 1:2], second.hidden)
+    assert_close(noisy.gate[:, :, 1:2], second.gate), "the gate reads the state before the next noise"
+
+
+def test_grouped_query_heads_equal_full_heads_with_repeated_keys_and_values(net, ids):
+    full = LoopedTransformer(replace(SHAPE, kv_heads=4)).double()
+    weights = net.state_dict()
+    for name in weights:
+        if "k_proj" in name or "v_proj" in name:
+            weights[name] = weights[name].unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1)
+    full.load_state_dict(weights)
+    assert_close(full(ids).hidden, net(ids).hidden)
+
+
+def test_gate_and_logits_are_float32_under_autocast(net, ids):
+    net = net.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(ids)
+        assert out.gate.dtype == net.logits(out.hidden).dtype == torch.float32
+
+
+def test_the_policy_gradient_reaches_the_backbone_and_the_embedding_through_the_gate(net, ids):
+    model.exit_logpdf(net(ids).gate)[..., 2].sum().backward()
+    untouched = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()}
+    assert untouched == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_checkpoint_loads_bit_for_bit_under_ouros_names(tmp_path, ids, tied):
+    net = LoopedTransformer(replace(SHAPE, tied=tied, exit_threshold=0.5))
+    model.save(net, tmp_path / "a", data.chain_tokenizer())
+    names = load_file(tmp_path / "a" / "model.safetensors").keys()
+    assert len(names) == 11 * 2 + 5 - tied
+    assert "model.layers.1.post_attention_layernorm_2.weight" in names
+    assert ("lm_head.weight" in names) != tied
+    again = model.load(tmp_path / "a")
+    assert again.config == net.config
+    for (name, a), (other, b) in zip(net.named_parameters(), again.named_parameters(), strict=True):
+        assert name == other
+        assert a.equal(b)
+        assert b.requires_grad
+    assert net(ids).hidden.equal(again(ids).hidden)
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not [p for p in tmp_path.iterdir() if p.name != "a"], "no temporary folder stays behind"
+
+
+def test_config_json_has_every_key_that_the_published_one_has(tmp_path):
+    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    found = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert found["layer_types"] == ["full_attention"] * 2
+    assert found["auto_map"]["AutoModelForCausalLM"] == "ByteDance/Ouro-1.4B--modeling_ouro.OuroForCausalLM"
+    keys = """architectures model_type hidden_size intermediate_size num_hidden_layers num_attention_heads
+        num_key_value_heads head_dim hidden_act vocab_size max_position_embeddings rope_theta rope_scaling rms_norm_eps
+        initializer_range tie_word_embeddings attention_dropout use_sliding_window sliding_window layer_types
+        total_ut_steps early_exit_threshold bos_token_id eos_token_id use_cache torch_dtype transformers_version
+        auto_map"""
+    assert found.keys() == {*keys.split()}
+
+
+def test_parameter_counts_of_the_published_shapes():
+    for layers, tensors, parameters in ((24, 269, 1_434_652_673), (48, 533, 2_667_974_657)):
+        shape = ModelConfig(layers=layers, width=2048, heads=16, ffn=5632, vocab_size=49152)
+        with torch.device("meta"):
+            net = LoopedTransformer(shape)
+        assert len(list(net.parameters())) == tensors
+        assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_the_feed_forward_width_of_ouro_is_the_default_ratio():
+    assert ModelConfig(width=2048, heads=16).resolved().ffn == 5632
+
+
+# Refusals
+
+
+def spoil(folder, change):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "is not a checkpoint folder: it has no config.json"),
+        (lambda f: (f / "config.json").write_text("{"), "is not the configuration of an Ouro model"),
+        (lambda f: (f / "config.json").write_text("[]"), "is not the configuration of an Ouro model"),
+        (lambda f: spoil(f, lambda c: c.update(model_type="llama")), "model_type 'llama': only 'ouro' is known here"),
+        (lambda f: spoil(f, lambda c: c.pop("vocab_size")), "lacks vocab_size: restore the file"),
+        (lambda f: spoil(f, lambda c: c.update(hidden_size="16")), "is not the configuration of an Ouro model"),
+        (lambda f: spoil(f, lambda c: c.update(num_hidden_layers=3)), "does not match its config.json: missing"),
+        (lambda f: spoil(f, lambda c: c.update(vocab_size=12)), r"shape \(11, 16\), its config.json says \(12, 16\)"),
+        (
+            lambda f: (f / "model.safetensors").unlink(),
+            "has no model.safetensors: only safetensors checkpoints are read",
+        ),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02junk"), "is damaged"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
+            "is damaged",
+        ),
+        (
+            lambda f: save_file(load_file(f / "model.safetensors") | {"x": torch.ones(1)}, f / "model.safetensors"),
+            r"missing none, extra \['x'\]",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_what_is_wrong_with_it(tmp_path, damage, message):
+    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    damage(tmp_path / "a")
+    with pytest.raises(UserError, match=message):
+        model.load(tmp_path / "a")
+
+
+def test_nothing_saved_is_overwritten(tmp_path):
+    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    with pytest.raises(UserError, match="is there already: nothing saved is overwritten"):
+        model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 65}, "--model.width 65 is not divisible by --model.heads 4: try --model.width 68"),
+        ({"heads": 4, "kv_heads": 3}, "--model.heads 4 is not divisible by --model.kv-heads 3"),
+        ({"width": 12, "kv_heads": 0}, "heads of 3 channels: rotary positions need an even number"),
+        ({"layers": 0}, "--model.layers 0 is below 1"),
+        ({"loops": 0}, "--model.loops 0 is below 1"),
+        ({"ffn": -1}, "--model.ffn -1 is negative"),
+    ],
+)
+def test_a_shape_that_no_model_can_have_is_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        LoopedTransformer(replace(SHAPE, **change))
