@@ -1,0 +1,353 @@
+"""The RL step end to end: against a slow reading of the paper, in groups, over processes, and in training."""
+
+import copy
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import data
+import looprpt
+from data import Batch, DataConfig, Row
+from looprpt import Config, Counts, RPTConfig, TrainConfig, rpt_step
+from model import LoopedTransformer, ModelConfig, exit_logpdf
+
+SHAPE = ModelConfig(layers=1, loops=4, width=16, heads=2, vocab_size=11, init_std=0.4)
+B, T, G = 2, 9, 3
+CPU = torch.device("cpu")
+
+
+def make(seed, **changes):
+    generator = torch.Generator().manual_seed(seed)
+    net = LoopedTransformer(replace(SHAPE, **changes), generator=generator).double()
+    torch.nn.init.normal_(net.early_exit_gate.bias, std=0.3, generator=generator)
+    return net
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(11, (B, T + 1), generator=generator)
+    mask = torch.ones(B, T, dtype=torch.bool)
+    mask[0, :3], mask[1, :1], mask[1, 7:] = False, False, False
+    return Batch(ids[:, :-1], ids[:, 1:], mask)
+
+
+def counts_of(batch, rho):
+    return Counts(batch.mask.sum().item(), looprpt.hard_count(batch.mask, rho).sum().item())
+
+
+# A slow reading of the paper: one sequence, one rollout, one token at a time, every pass at full depth
+
+
+def slow_standardized(xs):
+    xs = torch.stack(xs).detach()
+    return (xs - xs.mean()) / (xs.std() + 1e-6)
+
+
+def slow_logp(net, state, target):
+    return net.lm_head(state).log_softmax(-1)[target]
+
+
+def slow_pdf(gates):
+    pdf, left = [], 1.0
+    for gate in gates[:-1]:
+        pdf.append(left * torch.sigmoid(gate))
+        left = left * (1 - torch.sigmoid(gate))
+    return [*pdf, left]
+
+
+def slow_rollout(net, ids, noises):
+    """States and gates of one sequence, each T long; noises: one T D tensor for each loop after the first."""
+    out = [net(ids[None], loops=1)]
+    for noise in noises:
+        out.append(net(out[-1].hidden[:, :, -1] + noise, loops=1))
+    return [o.hidden[0, :, 0] for o in out], [o.gate[0, :, 0] for o in out]
+
+
+def slow_step(student, teacher, batch, cfg, generator, draw):
+    """The total loss. draw: the exit (from 0) of row b, token t, rollout g."""
+    loops, vocab = student.config.loops, student.config.vocab_size
+    noise = [
+        cfg.noise_std * torch.randn(B * cfg.rollouts, T, SHAPE.width, generator=generator, dtype=torch.float64)
+        for _ in range(loops - 1)
+    ]
+    terms = []
+    for b in range(B):
+        ids = batch.inputs[b]
+        quiet = [torch.zeros(T, SHAPE.width)] * (loops - 1)
+        with torch.no_grad():
+            ref_states, ref_gates = slow_rollout(teacher, ids, quiet)
+            p = teacher.lm_head(ref_states[-1]).softmax(-1)
+            entropy = -(p * p.log()).sum(-1)
+        counted = [t for t in range(T) if batch.mask[b, t]]
+        hard = sorted(counted, key=lambda t: -entropy[t])[: math.ceil(cfg.rho * len(counted))]
+        states, gates = slow_rollout(student, ids, quiet)
+        rollouts = [slow_rollout(student, ids, [n[b * cfg.rollouts + g] for n in noise]) for g in range(cfg.rollouts)]
+        for t in hard:
+            y = batch.targets[b, t]
+            ref_logp = [slow_logp(teacher, s[t], y).detach() for s in ref_states]
+            cumulative = list(itertools.accumulate(slow_pdf([g[t] for g in ref_gates])))
+            ref_loop = next(i for i in range(loops) if cumulative[i] >= cfg.tau or i == loops - 1)
+            d = min(1.0, entropy[t].item() / math.log(vocab))
+            price = cfg.lambda_base * (1 + cfg.lambda_scale * (1 - d))
+
+            def reward(states, i):
+                gain = slow_logp(student, states[i][t], y) - ref_logp[ref_loop]  # noqa: B023
+                return (gain - price * (i - ref_loop)).detach()  # noqa: B023
+
+            logp, pi = [slow_logp(student, s[t], y) for s in states], slow_pdf([g[t] for g in gates])
+            rewards = [reward(states, i) for i in range(loops)]
+            paid, chosen, exact = [], [], 0.0
+            for g, (noisy_states, noisy_gates) in enumerate(rollouts):
+                own = [reward(noisy_states, i) for i in range(loops)] if cfg.reward == "rollout" else rewards
+                pi_g = slow_pdf([x[t] for x in noisy_gates])
+                exact = exact - sum(p * r for p, r in zip(pi_g, own, strict=True)) / cfg.rollouts
+                paid.append(own[draw(b, t, g)])
+                chosen.append(pi_g[draw(b, t, g)].log())
+            if cfg.estimator == "sampled":
+                pg = -(slow_standardized(paid) * torch.stack(chosen)).mean()
+            else:
+                pg = exact - exact.detach()  # a centred advantage: the gradient of the expectation, the value 0
+            advantage = slow_standardized(rewards).clamp(min=0)
+            rep = -sum(p.detach() * (1 + a) * x for p, a, x in zip(pi, advantage, logp, strict=True))
+            ent = sum(p * p.log() for p in pi)
+            if cfg.kl == "k3":
+                ratio = [r - x for r, x in zip(ref_logp, logp, strict=True)]
+                kl = sum(r.exp() - r - 1 for r in ratio) / loops
+            else:
+                kl = 0.0
+                for i in range(loops):
+                    p, q = teacher.lm_head(ref_states[i][t]).detach(), student.lm_head(states[i][t])
+                    p, q = p.log_softmax(-1), q.log_softmax(-1)
+                    kl = kl + (p.exp() * (p - q)).sum() / loops
+            total = cfg.pg_weight * pg + cfg.rep_weight * rep + cfg.ent_weight * ent + cfg.kl_weight * kl
+            terms.append(total)
+    return sum(terms) / len(terms)
+
+
+FORMS = [
+    {"estimator": "sampled"},
+    {"estimator": "exact"},
+    {"estimator": "sampled", "reward": "rollout"},
+    {"estimator": "exact", "reward": "rollout", "kl": "full"},
+    {"estimator": "sampled", "loops": 2},
+    {"estimator": "exact", "reward": "rollout", "loops": 2},
+    {"estimator": "exact", "noise_std": 0.0},
+    {"estimator": "sampled", "rho": 1.0, "tau": 0.9, "kl": "full"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())))
+def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, form):
+    """Value and gradient. It settles at once: which loops are shared or skipped, what is detached, which rollout of
+    which sequence a token is grouped with, the sign and weight of each term, and that easy tokens count for nothing."""
+    loops = form.pop("loops", 4) if "loops" in (form := dict(form)) else 4
+    cfg = RPTConfig(
+        **{
+            "rollouts": G,
+            "rho": 0.4,
+            "noise_std": 0.3,
+            "kl_weight": 0.2,
+            "ent_weight": 0.3,
+            "rep_weight": 0.7,
+            "pg_weight": 1.3,
+        }
+        | form
+    )
+    student, teacher = make(0, loops=loops), make(1, loops=loops)
+    slow_student = copy.deepcopy(student)
+    exits = torch.randint(loops, (B, T, G), generator=torch.Generator().manual_seed(5))
+
+    hard = torch.zeros_like(batch.mask)
+
+    def note_hard(*args):
+        hard.copy_(chosen(*args))
+        return hard.clone()
+
+    chosen = looprpt.hard_tokens
+    monkeypatch.setattr(looprpt, "hard_tokens", note_hard)
+    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: exits[hard])
+    found = rpt_step(
+        student, teacher, batch, cfg, counts=counts_of(batch, cfg.rho), generator=torch.Generator().manual_seed(3)
+    )
+    slow = slow_step(
+        slow_student, teacher, batch, cfg, torch.Generator().manual_seed(3), lambda b, t, g: exits[b, t, g]
+    )
+    assert_close(found.loss, slow, rtol=1e-10, atol=1e-10)
+    found.loss.backward()
+    slow.backward()
+    for (name, p), q in zip(student.named_parameters(), slow_student.parameters(), strict=True):
+        assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_entropy_bonus_flattens_the_exits(batch):
+    student, cfg = make(0), RPTConfig(pg_weight=0, rep_weight=0, ent_weight=1, kl_weight=0, noise_std=0, rho=1)
+    counts, optimizer, measured = counts_of(batch, 1), torch.optim.SGD(student.parameters(), 0.1), []
+    for _ in range(5):
+        optimizer.zero_grad()
+        found = rpt_step(student, make(1), batch, cfg, counts=counts)
+        found.loss.backward()
+        optimizer.step()
+        measured.append(found.measured["ent"].item())
+    assert all(a > b for a, b in itertools.pairwise(measured)), "ent is minus the entropy"
+
+
+def test_step_measures_reward_and_loops_in_the_units_a_reader_expects(batch):
+    student, teacher = make(0), make(1)
+    cfg = RPTConfig(noise_std=0.0, rho=1.0)
+    found = rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, 1)).measured
+    assert found.keys() == {*looprpt.MEASURED["rpt"]}
+    assert 1 < found["loops"] < 4
+    assert found["pg"].abs() < 1e-12
+    out = student(batch.inputs)
+    logpi = exit_logpdf(out.gate[batch.mask])
+    assert_close(found["loops"], (logpi.exp() @ torch.arange(1.0, 5).double()).mean())
+
+
+@pytest.mark.parametrize(
+    ("loops", "reward", "expected"),
+    [(2, "clean", []), (3, "clean", [1]), (4, "clean", [2]), (2, "rollout", [1]), (4, "rollout", [2, 1])],
+)
+def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, loops, reward, expected):
+    ran, forward = [], LoopedTransformer.forward
+
+    def counting(net, x, **how):
+        ran.append((len(x), how.get("loops") or loops))
+        return forward(net, x, **how)
+
+    monkeypatch.setattr(LoopedTransformer, "forward", counting)
+    student, teacher = make(0, loops=loops), make(1, loops=loops)
+    rpt_step(student, teacher, batch, RPTConfig(rollouts=G, reward=reward), counts=Counts(13, 5))
+    assert ran == [(B, loops), (B, loops)] + [(B * G, n) for n in expected]
+
+
+def test_only_hard_tokens_reach_the_vocabulary(batch, monkeypatch):
+    seen = []
+    logits = LoopedTransformer.logits
+    monkeypatch.setattr(LoopedTransformer, "logits", lambda net, h: seen.append(h.shape[:-1].numel()) or logits(net, h))
+    counts = counts_of(batch, 0.2)
+    rpt_step(make(0), make(1), batch, RPTConfig(), counts=counts)
+    assert seen == [counts.tokens, counts.hard * 4, counts.hard * 4]
+
+
+# Processes and micro-batches
+
+
+def rows():
+    generator = torch.Generator().manual_seed(11)
+    lengths = [12, 5, 9, 7, 10, 6, 11]
+    return [Row(torch.randint(11, (n,), generator=generator).tolist(), 2 + i % 3) for i, n in enumerate(lengths)]
+
+
+SUMS = Config(
+    data=DataConfig(length=16),
+    train=TrainConfig(batch=7, clip=1e9),
+    rpt=RPTConfig(noise_std=0.0, rho=0.5, kl_weight=0.5, steps=2),
+)
+STAGES = ("pretrain", "gate", "rpt")
+
+
+def gradients(config, rank=0, world=1):
+    """Every gradient and measurement of the first step of each objective."""
+    found = {}
+    for stage in STAGES:
+        student = make(0)
+        measured = next(looprpt.train(stage, student, config, rows(), device=CPU, rank=rank, world=world))
+        found |= {f"{stage} {name}": p.grad for name, p in student.named_parameters() if p.grad is not None}
+        found |= {f"{stage} {name}": torch.tensor(measured[name]) for name in looprpt.MEASURED[stage]}
+    return found
+
+
+def worker(rank, world, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    save_file(gradients(SUMS, rank, world), f"{folder}/{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def straight():
+    return gradients(SUMS)
+
+
+def agree(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        loose = {"rtol": 1e-6, "atol": 1e-6}  # measurements are kept in float32
+        tight = {"rtol": 1e-9, "atol": 1e-12}
+        is_gradient = found[name].dim() > 0
+        assert_close(
+            found[name], expected[name], **(tight if is_gradient else loose), msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(straight, size):
+    agree(gradients(replace(SUMS, train=replace(SUMS.train, micro_batch=size))), straight)
+
+
+def test_two_processes_give_the_gradient_of_one(straight, tmp_path):
+    """Of rows and counted tokens that don't divide evenly, so an average per process would be off."""
+    mp.spawn(worker, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        agree(load_file(tmp_path / f"{rank}.safetensors"), straight)
+
+
+def test_a_row_without_a_token_that_counts_changes_nothing():
+    student, cfg = make(0), RPTConfig(noise_std=0.0)
+    one = Batch(torch.ones(1, 5).long(), torch.ones(1, 5).long(), torch.ones(1, 5, dtype=torch.bool))
+    two = Batch(*(torch.cat((part, torch.zeros_like(part))) for part in one))
+    losses = [rpt_step(student, make(1), b, cfg, counts=counts_of(b, 0.2)).loss for b in (one, two)]
+    assert_close(*losses)
+
+
+# Training
+
+
+def test_the_gate_stage_leaves_the_backbone_as_it_was():
+    student = make(0)
+    before = copy.deepcopy(student.state_dict())
+    list(looprpt.train("gate", student, replace(SUMS, gate=replace(SUMS.gate, steps=3)), rows(), device=CPU))
+    changed = {name for name, p in student.state_dict().items() if not p.equal(before[name])}
+    assert changed == {"early_exit_gate.weight", "early_exit_gate.bias"}
+
+
+def test_the_teacher_is_a_moving_average_without_gradient(monkeypatch):
+    student, seen = make(0), []
+    follow = looprpt.update_teacher
+
+    def watching(teacher, student, ema):
+        before = copy.deepcopy(teacher.state_dict())
+        follow(teacher, student, ema)
+        seen.append((before, copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())))
+
+    monkeypatch.setattr(looprpt, "update_teacher", watching)
+    start = copy.deepcopy(student.state_dict())
+    list(looprpt.train("rpt", student, SUMS, rows(), device=CPU))
+    assert len(seen) == 2
+    assert all(a.equal(b) for a, b in zip(seen[0][0].values(), start.values(), strict=True)), "it starts as the student"
+    assert all(a.equal(b) for a, b in zip(seen[1][0].values(), seen[0][1].values(), strict=True)), (
+        "nothing else moves it"
+    )
+    for before, after, student_now in seen:
+        for name in before:
+            assert_close(after[name], 0.995 * before[name] + 0.005 * student_now[name])
+
+
+def test_training_repeats_bit_for_bit_from_its_seed():
+    runs = []
+    for seed in (0, 0, 1):
+        student = LoopedTransformer(replace(SHAPE, vocab_size=8), generator=data.seeded(seed))
+        config = Config(seed=seed, data=DataConfig(operands=4), train=TrainConfig(batch=16), rpt=RPTConfig(steps=3))
+        list(looprpt.train("rpt", student, config, None, device=CPU))
+        runs.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    assert runs[0].equal(runs[1])
+    assert not runs[0].equal(runs[2])
