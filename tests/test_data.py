@@ -120,7 +120,7 @@ def test_parquet_is_read_where_pyarrow_is_installed(tmp_path):
 def test_parquet_without_pyarrow_is_refused_with_the_way_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match="a.parquet needs pyarrow to be read: pip install pyarrow"):
+    with pytest.raises(UserError, match=r"a.parquet needs pyarrow to be read: pip install pyarrow"):
         data.read(tmp_path / "a.parquet")
 
 
