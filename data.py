@@ -32,11 +32,11 @@ class Batch(NamedTuple):
 class DataConfig:
     """Where the rows come from."""
 
-    path: Path | None = None  # .jsonl, .json, .parquet or .txt to train on (default: the built-in chain arithmetic)
-    val: Path | None = None  # held-out file (default: 5 % of the documents of --data.path, at most 256)
-    prompt_key: str | None = None  # key of the prompt (default: found among problem, question, prompt)
-    response_key: str | None = None  # key of the response (default: found); without a prompt key: of plain text
-    tokenizer: str = "auto"  # tokenizer.json, or 'bytes' (auto: the one of the --init checkpoint, else bytes)
+    path: Path | None = None  # .jsonl, .json, .parquet or .txt to train on (none: the built-in chain arithmetic)
+    val: Path | None = None  # held-out file (none: 5 % of the rows of --data.path, at most 256)
+    prompt_key: str | None = None  # key of the prompt (none: found among problem, question, prompt)
+    response_key: str | None = None  # key of the response (none: found); alone: the key of plain text
+    tokenizer: str = "auto"  # path of a tokenizer.json, or 'bytes' (auto: the checkpoint's, else bytes)
     chat: bool = False  # prompt form: ChatML instead of 'Problem: ...\nSolution: '
     length: int = 512  # most tokens in a row; longer documents are cut, plain text is cut into blocks
     operands: int = 6  # operands in a row of chain arithmetic

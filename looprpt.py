@@ -115,8 +115,8 @@ class Config:
     """Train a looped language model and teach it to stop early (LoopRPT, arXiv 2603.19714)."""
 
     objective: tuple[Stage, ...] = ("pretrain", "rpt")  # stages to run, in order
-    init: Path | None = None  # checkpoint folder to start from (default: random weights)
-    out: Path | None = None  # folder of the run (default: out, or with --init out/NAME-STAGES)
+    init: Path | None = None  # checkpoint folder to start from (none: random weights)
+    out: Path | None = None  # folder of the run (none: out, or with --init out/NAME-STAGES)
     seed: int = 0  # of the weights, the rows and the noise
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bfloat16 on a GPU, float32 on a CPU)

@@ -1,0 +1,305 @@
+"""What a person types, sees and is refused: the whole run, the files it leaves, and every README command."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import eval
+import looprpt
+import model
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--data.operands 3 --model.loops 3 --data.val-rows 1000 --train.batch 64".split()
+
+
+def call(monkeypatch, module, *args):
+    """Run a script in this process, as from the command line."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, args)])
+    model.report(module.main)
+
+
+def refused(monkeypatch, module, *args) -> str:
+    with pytest.raises(SystemExit) as error:
+        call(monkeypatch, module, *args)
+    message = str(error.value.code)
+    assert message.startswith("error: "), f"not refused in a sentence: {message}"
+    assert "\n" not in message
+    return message.removeprefix("error: ")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A small complete run: pre-training, then LoopRPT."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        steps = "--pretrain.steps 500 --pretrain.lr 3e-3 --rpt.steps 150 --rpt.lr 2e-3".split()
+        call(patch, looprpt, *SMALL, *steps, "--out", folder / "out")
+    return folder / "out"
+
+
+# The whole run
+
+
+def test_training_raises_accuracy_and_then_lowers_the_loops(run):
+    base, rpt = (m["buckets"]["all"] for m in json.loads((run / "results.json").read_text())["models"].values())
+    base_half, rpt_half = (next(s for s in b["sweep"] if s["threshold"] == 0.5) for b in (base, rpt))
+    assert base["by_loop"][0] < 0.85 < base["by_loop"][-1], "the base needs its loops"
+    assert rpt_half["accuracy"] > base["by_loop"][-1] - 0.03
+    assert rpt_half["loops"] < 0.85 * base_half["loops"]
+
+
+def test_results_json_has_what_eval_promises(run):
+    found = json.loads((run / "results.json").read_text())
+    assert found.keys() == {"models", "argv", "commit", "torch", "device", "seed"}
+    assert list(found["models"]) == ["base", "rpt"]
+    for m in found["models"].values():
+        assert list(m["buckets"]) == ["all", "easy", "medium", "hard", "depth_1", "depth_2", "depth_3"]
+        for name, bucket in m["buckets"].items():
+            assert bucket.keys() == {"tokens", "by_loop", "sweep"}
+            assert len(bucket["by_loop"]) == 3
+            assert [s["threshold"] for s in bucket["sweep"]] == [i / 10 for i in range(1, 10)]
+            if name.startswith("depth_"):
+                assert bucket["tokens"] == 1000
+            for point in bucket["sweep"] * bool(bucket["tokens"]):
+                assert point.keys() == {"threshold", "accuracy", "loops"}
+                assert 0 <= point["accuracy"] <= 1 <= point["loops"] <= 3
+    sizes = [[b["tokens"] for b in m["buckets"].values()] for m in found["models"].values()]
+    assert sizes[0] == sizes[1], "the buckets are fixed by the first model"
+
+
+def test_the_log_has_a_line_for_every_step(run):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert lines[0].keys() == {"argv", "time"}
+    assert [(x["stage"], x["step"]) for x in lines[1:]] == [
+        (stage, step + 1) for stage, n in (("pretrain", 500), ("rpt", 150)) for step in range(n)
+    ]
+    assert {"loss", "pg", "rep", "ent", "kl", "reward", "loops", "grad_norm", "tokens_per_s"} < lines[-1].keys()
+    assert lines[1]["loss"] > 1.3 > lines[500]["loss"]
+
+
+def test_eval_repeats_the_runs_own_numbers(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "results.json"
+    call(monkeypatch, eval, run / "base", run / "rpt", *SMALL[:2], *SMALL[4:6], "--out", out)
+    assert json.loads(out.read_text())["models"] == json.loads((run / "results.json").read_text())["models"]
+    shown = capsys.readouterr().out
+    assert "held-out tokens" in shown
+    assert "by operand" in shown
+    assert "rpt" in shown
+
+
+def test_scores_agree_with_a_plain_count(run):
+    net, config = model.load(run / "rpt"), data.DataConfig(operands=3, val_rows=50)
+    source = data.source(None, config, batch=16, seed=0, held_out=True)
+    s = eval.score(net, source, device=torch.device("cpu"))
+    found = eval.summary(s, eval.buckets(s)["depth_3"])
+    right, loops, n = [0, 0, 0], 0, 0
+    for i in range(source.batches):
+        batch = source.batch(i)
+        out = net(batch.inputs)
+        for b in range(len(batch.inputs)):
+            n += 1
+            for loop in range(3):
+                right[loop] += net.logits(out.hidden[b, 4, loop]).argmax() == batch.targets[b, 4]
+            left = torch.sigmoid(out.gate[b, 4, 0])
+            both = left + (1 - left) * torch.sigmoid(out.gate[b, 4, 1])
+            loops += 1 if left >= 0.3 else 2 if both >= 0.3 else 3
+    assert found["tokens"] == n == 50
+    assert found["by_loop"] == pytest.approx([r.item() / n for r in right])
+    assert found["sweep"][2]["loops"] == pytest.approx(loops / n)
+
+
+def test_a_stage_starts_from_a_checkpoint_and_takes_its_shape(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = [*SMALL[:2], *SMALL[4:], "--rpt.steps", 2, "--gate.steps", 2]
+    call(monkeypatch, looprpt, "--init", run / "base", "--objective", "gate", "rpt", *few)
+    out = tmp_path / "out" / "base-gate-rpt"
+    assert list(json.loads((out / "results.json").read_text())["models"]) == ["base", "gate", "rpt"]
+    base, gate = model.load(run / "base"), model.load(out / "gate")
+    changed = [n for (n, p), q in zip(base.named_parameters(), gate.parameters(), strict=True) if not p.equal(q)]
+    assert changed == ["early_exit_gate.weight", "early_exit_gate.bias"]
+
+
+def test_fewer_loops_may_be_asked_of_a_checkpoint_but_no_other_shape(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = [*SMALL[:2], *SMALL[4:], "--rpt.steps", 1, "--init", run / "base", "--objective", "rpt"]
+    call(monkeypatch, looprpt, *few, "--model.loops", 2, "--out", "two")
+    assert model.load_config(tmp_path / "two" / "rpt").loops == 2
+    message = refused(monkeypatch, looprpt, *few, "--model.width", 128, "--out", "wide")
+    assert message.startswith("--model.width 128 contradicts the checkpoint")
+    assert not (tmp_path / "wide").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--rpt.estimator sampled --rpt.rollouts 8",
+        "--rpt.reward rollout --rpt.kl full",
+        "--precision bfloat16",
+        "--model.layers 2 --model.kv-heads 2 --model.loops 2",
+    ],
+)
+def test_the_other_forms_train_too(tmp_path, monkeypatch, flags):
+    few = "--pretrain.steps 2 --rpt.steps 2 --data.val-rows 20 --train.batch 8".split()
+    call(monkeypatch, looprpt, *few, *flags.split(), "--out", tmp_path / "out")
+    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert all(abs(json.loads(line)["loss"]) < 100 for line in lines[1:])
+
+
+# Refusals
+
+
+def test_another_run_is_never_overwritten(run, monkeypatch):
+    assert refused(monkeypatch, looprpt, "--out", run) == (
+        f"--out {run} holds another run (base, rpt, results.json): nothing saved is overwritten, give another"
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
+    few = [*SMALL[:2], *SMALL[4:], "--pretrain.steps", 20, "--rpt.steps", 3, "--out", tmp_path / "out"]
+    message = refused(monkeypatch, looprpt, *few, "--init", run / "base", "--objective", "rpt", "--rpt.lr", "1e38")
+    assert re.match(r"the loss is not finite at rpt step [23] \(", message)
+    assert f"the last checkpoint is {run / 'base'}; try a smaller --rpt.lr than 1e+38" in message
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"log.jsonl"}
+    model.load(run / "base")
+
+
+RANGES = """--model.width 65 | --model.width 65 is not divisible by --model.heads 4: try --model.width 68
+--model.heads 4 --model.kv-heads 3 | --model.heads 4 is not divisible by --model.kv-heads 3
+--model.loops 1 | --model.loops 1 leaves rpt no exit to learn: give 2 or more loops
+--model.loops 0 --objective pretrain | --model.loops 0 is below 1
+--rpt.estimator sampled | --rpt.rollouts 1 gives no group to compare: the sampled estimator needs 2 or more
+--rpt.rollouts 0 | --rpt.rollouts 0 is out of its range: give a number 1 or more
+--rpt.rho 0 | --rpt.rho 0.0 is out of its range: give a number above 0, at most 1
+--rpt.rho 1.1 | --rpt.rho 1.1 is out of its range
+--rpt.tau 2 | --rpt.tau 2.0 is out of its range: give a number above 0, at most 1
+--rpt.ema 1.5 | --rpt.ema 1.5 is out of its range: give a number from 0 to 1
+--rpt.noise-std -0.1 | --rpt.noise-std -0.1 is out of its range: give a number 0 or more
+--rpt.lr nan | --rpt.lr nan is out of its range: give a number above 0
+--rpt.lr inf | --rpt.lr inf is out of its range
+--train.warmup -1 | --train.warmup -1.0 is out of its range
+--train.batch 0 | --train.batch 0 is out of its range
+--pretrain.steps 0 | --pretrain.steps 0 is out of its range
+--objective rpt rpt | --objective rpt rpt: give each stage at most once
+--objective | --objective nothing: give each stage at most once
+--device tpu9 | --device tpu9 is not a device: give auto, cpu, cuda or cuda:1
+--device cuda:77 | --device cuda:77 is not there
+--data.path none.jsonl | none.jsonl is not a file
+--data.val none.jsonl | --data.val none.jsonl came without --data.path
+--data.tokenizer none.json --data.path text.txt | --data.tokenizer none.json is not a file
+--data.path text.txt | text.txt gives a single row, so none can be held out: give --data.val
+--data.path text.txt --data.val text.txt --data.chat --data.tokenizer plain.json | the tokenizer has none of the tokens
+--init none | none is not a checkpoint folder: it has no config.json"""
+
+
+@pytest.mark.parametrize("case", RANGES.splitlines(), ids=lambda c: c.partition(" |")[0])
+def test_a_mistake_is_refused_in_a_sentence_before_anything_is_written(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("some text")
+    data.chain_tokenizer().save("plain.json")
+    flags, _, message = case.partition(" | ")
+    assert refused(monkeypatch, looprpt, *flags.split()).startswith(message)
+    assert not Path("out").exists()
+
+
+def test_more_processes_than_rows_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert refused(monkeypatch, looprpt, "--train.batch", 4, "--out", tmp_path / "out") == (
+        "--train.batch 4 is less than the 8 processes: each needs a row"
+    )
+
+
+def test_a_checkpoint_of_the_built_in_task_and_a_text_do_not_mix(run, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    message = refused(monkeypatch, looprpt, "--init", run / "base", "--data.path", tmp_path / "a.txt")
+    assert "so no document can end: give another with --data.tokenizer, or a checkpoint trained on text" in message
+
+
+def test_eval_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    few = "--pretrain.steps 1 --rpt.steps 1 --data.length 32 --train.batch 2".split()
+    call(monkeypatch, looprpt, *few, "--data.path", tmp_path / "a.txt", "--out", tmp_path / "text")
+    text = tmp_path / "text" / "base"
+    for args, expected in (
+        ([tmp_path / "none"], "none is not a checkpoint folder"),
+        ([run / "base", text], "only models of one tokenizer can be compared token by token"),
+        ([text], "was trained on text, not on the built-in chain arithmetic: give --data.path"),
+        ([text, "--data.path", tmp_path / "a.txt", "--data.val", tmp_path / "a.txt"], "is for training"),
+        ([run / "base", "--batch", 0], "--batch 0 is below 1"),
+        ([run / "base", "--out", tmp_path / "a.txt"], "is there already: nothing saved is overwritten"),
+        ([], "no checkpoint was given"),
+    ):
+        assert expected in refused(monkeypatch, eval, *args)
+    out = tmp_path / "results.json"
+    call(monkeypatch, eval, text, tmp_path / "text" / "rpt", "--data.path", tmp_path / "a.txt", "--out", out)
+    assert "depth_1" not in json.loads(out.read_text())["models"]["rpt"]["buckets"]
+
+
+def test_a_mistake_ends_the_script_with_one_line_and_a_status():
+    script = [sys.executable, ROOT / "looprpt.py", "--model.width", "65"]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: --model.width 65 is not divisible by --model.heads 4: try --model.width 68\n"
+
+
+# The README
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [part.strip() for line in lines if line for part in line.split("&&")]
+
+
+def test_every_readme_command_runs(tmp_path, monkeypatch):
+    """As written, in their order, with fewer steps."""
+    questions = [{"question": f"{i} + {i}?", "answer": f"The sum is {2 * i}."} for i in range(40)]
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    few = "--pretrain.steps 2 --gate.steps 2 --rpt.steps 2 --data.val-rows 64 --train.batch 8".split()
+    scripts, seen = {"looprpt.py": looprpt, "eval.py": eval, "data.py": data}, set()
+    monkeypatch.chdir(tmp_path)
+    for number, command in enumerate(commands()):
+        program, *args = shlex.split(command)
+        if program in ("pip", "pytest", "git", "cd", "source"):
+            continue
+        if program == "torchrun":
+            args = [a if a != "8" else "2" for a in args]
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port", "0"]
+            script = args.index("looprpt.py")
+            whole = [*torchrun, *args[:script], ROOT / "looprpt.py", *args[script + 1 :], *few, "--out", f"out-{number}"]
+            subprocess.run(whole, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            assert (tmp_path / f"out-{number}" / "results.json").exists()
+            continue
+        assert program == "python", command
+        module = scripts[args[0]]
+        seen.add(args[0])
+        if module is data:
+            subprocess.run([sys.executable, ROOT / "data.py", *args[1:]], check=True)
+            continue
+        args += few if module is looprpt else []
+        if module is looprpt and "--out" not in args and "--init" not in args and (tmp_path / "out" / "base").exists():
+            args += ["--out", f"out-{number}"]
+        call(monkeypatch, module, *args[1:])
+    assert seen == {*scripts}
+
+
+def test_every_flag_has_a_line_of_help(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, looprpt, "--help")
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    flags = re.findall(r"^│? *(--[a-z.-]+)(.*)", shown, re.MULTILINE)
+    assert 40 <= len(flags) <= 55, len(flags)
+    for flag, rest in flags:
+        assert re.search(r"[a-z]{2,} .*\((default|optional|required)", rest), f"{flag} has no help: {rest}"
+    for flag in """--model.loops --data.path --pretrain.steps --pretrain.lr --gate.steps --rpt.steps --rpt.rollouts
+        --rpt.noise-std --rpt.lr --model.width --seed --out --init --objective --device""".split():
+        assert flag in dict(flags)
