@@ -18,6 +18,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -168,7 +169,8 @@ def show(found: dict) -> None:
     by = "operand" if depths else "difficulty"
     loops = max(len(m["buckets"]["all"]["by_loop"]) for m in models.values())
     for title, chosen in (("held-out tokens", ["all"]), (f"by {by}", depths or [*DIFFICULTY])):
-        table = Table(title=f"accuracy in %, {title}", title_justify="left")
+        style = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True}
+        table = Table(title=f"accuracy in %, {title}", **style)
         for head in ([by] if chosen != ["all"] else []) + ["model"]:
             table.add_column(head, no_wrap=True)
         for head in ["tokens", *(f"loop {i + 1}" for i in range(loops)), "q=0.5", "loops"]:
