@@ -516,19 +516,18 @@ def train(
 def watch(steps: Iterator[dict], total: int, stage: str, log: TextIO) -> None:
     """Run the steps: a progress bar on a terminal, else twenty lines; every step goes to the log as a line of JSON."""
     recent: deque[dict] = deque(maxlen=50)
-    columns = (TextColumn("{task.description:>8}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, TextColumn("{task.fields[status]}"), console=console, disable=not console.is_terminal
-    ) as bar:
+    name, status = TextColumn("{task.description:>8}"), TextColumn("{task.fields[status]}")
+    columns = (name, BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), status)
+    with Progress(*columns, console=console, expand=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(stage, total=total, status="")
         for now in steps:
             log.write(json.dumps(now) + "\n")
             log.flush()
             recent.append(now)
             mean = {name: sum(r[name] for r in recent) / len(recent) for name in now if name not in ("stage", "step")}
-            status = f"{mean['tokens_per_s']:,.0f} tokens/s  loss {mean['loss']:.3f}  loops {mean['loops']:.2f}"
+            status = f"{mean['tokens_per_s'] / 1000:.1f}k tokens/s loss {mean['loss']:.2f} loops {mean['loops']:.2f}"
             if "reward" in mean:
-                status += f"  reward {mean['reward']:+.3f}"
+                status += f" reward {mean['reward']:+.3f}"
             bar.update(task, advance=1, status=status)
             step = now["step"]
             if not console.is_terminal and (step == 1 or step * 20 // total > (step - 1) * 20 // total):
