@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import torch
@@ -293,6 +294,29 @@ def test_every_readme_command_runs(tmp_path, monkeypatch):
         "python data.py",
         "torchrun --nproc-per-node",
     }
+
+
+def test_the_readme_table_is_that_of_the_results():
+    runs = [json.loads((ROOT / "results" / f"demo-seed-{seed}.json").read_text()) for seed in range(3)]
+    readme = (ROOT / "README.md").read_text()
+    assert len({run["commit"] for run in runs}) == 1
+
+    def cell(values, digits):
+        return f"{mean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+    half = []
+    for name, label in (("base", "base"), ("rpt", "LoopRPT")):
+        found = [run["models"][name]["buckets"] for run in runs]
+        every, at_half = [b["all"] for b in found], [b["all"]["sweep"][4] for b in found]
+        assert {s["threshold"] for s in at_half} == {0.5}
+        cells = [cell([100 * b["by_loop"][i] for b in every], 1) for i in range(4)]
+        cells += [cell([100 * s["accuracy"] for s in at_half], 1), cell([s["loops"] for s in at_half], 2)]
+        assert f"| {label} | {' | '.join(cells)} |" in readme
+        depths = [mean(b[f"depth_{d}"]["sweep"][4]["loops"] for b in found) for d in range(1, 7)]
+        assert f"| {label} | {' | '.join(f'{x:.2f}' for x in depths)} |" in readme
+        assert {b["tokens"] for b in every} == {24576}
+        half.append(mean(s["loops"] for s in at_half))
+    assert f"{100 * (1 - half[1] / half[0]):.0f} % fewer loops" in readme
 
 
 def test_every_flag_has_a_line_of_help(monkeypatch, capsys):
