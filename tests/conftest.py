@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # small tensors gain nothing from more
 
 
 def pytest_addoption(parser):
