@@ -113,7 +113,7 @@ def test_entropy_in_nats():
 def test_hard_count_rounds_up_without_float_error():
     n = torch.arange(1001)
     mask = torch.arange(1001) < n[:, None]
-    for rho in ("0.1", "0.2", "0.3", "0.7", "1"):
+    for rho in ("0.07", "0.1", "0.2", "0.55", "1"):
         exact = [math.ceil(Fraction(rho) * i) for i in n.tolist()]
         assert looprpt.hard_count(mask, float(rho)).tolist() == exact
 
