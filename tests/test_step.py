@@ -351,3 +351,18 @@ def test_training_repeats_bit_for_bit_from_its_seed():
         runs.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
     assert runs[0].equal(runs[1])
     assert not runs[0].equal(runs[2])
+
+
+def test_every_step_process_micro_batch_and_seed_has_its_own_noise(monkeypatch):
+    seeds, step = [], looprpt.rpt_step
+
+    def noting(*args, generator, **how):
+        seeds.append(generator.initial_seed())
+        return step(*args, generator=generator, **how)
+
+    monkeypatch.setattr(looprpt, "rpt_step", noting)
+    for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        config = replace(SUMS, seed=seed, train=replace(SUMS.train, batch=4, micro_batch=1))
+        list(looprpt.train("rpt", make(0), config, rows(), device=CPU, rank=rank, world=2))
+    assert len(seeds) >= 2 * 2 * 3
+    assert len({*seeds}) == len(seeds)
