@@ -364,5 +364,5 @@ def test_every_step_process_micro_batch_and_seed_has_its_own_noise(monkeypatch):
     for seed, rank in ((0, 0), (0, 1), (1, 0)):
         config = replace(SUMS, seed=seed, train=replace(SUMS.train, batch=4, micro_batch=1))
         list(looprpt.train("rpt", make(0), config, rows(), device=CPU, rank=rank, world=2))
-    assert len(seeds) >= 2 * 2 * 3
+    assert len(seeds) > 9, "two steps of one or two rows, three times"
     assert len({*seeds}) == len(seeds)
