@@ -117,6 +117,17 @@ def test_scores_agree_with_a_plain_count(run):
     assert found["sweep"][2]["loops"] == pytest.approx(loops / n)
 
 
+def test_buckets_are_those_of_the_first_model_at_its_own_limits():
+    entropy = torch.tensor([0.4, 0.5, 0.9, 1.0, 1.5, 3.0])
+    first = eval.Scores(torch.ones(6, 3, dtype=torch.bool), torch.zeros(6, 3), entropy, None)
+    other = first._replace(entropy=entropy.flip(0) * 2, correct=entropy[:, None].expand(6, 3) > 1)
+    found = eval.results({"a": first, "b": other}, device=torch.device("cpu"), seed=0)["models"]
+    for name in ("a", "b"):
+        sizes = {bucket: b["tokens"] for bucket, b in found[name]["buckets"].items()}
+        assert sizes == {"all": 6, "easy": 2, "medium": 1, "hard": 2}
+    assert [found["b"]["buckets"][x]["by_loop"][0] for x in ("easy", "medium", "hard")] == [0, 0, 1]
+
+
 def test_a_stage_starts_from_a_checkpoint_and_takes_its_shape(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = [*SMALL[:2], *SMALL[4:], "--rpt.steps", 2, "--gate.steps", 2]

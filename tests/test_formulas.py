@@ -88,6 +88,10 @@ def test_exit_threshold_one_runs_every_loop_even_when_the_gate_is_saturated():
     assert exit_loop(torch.full((1, L), 1e4), 1.0).tolist() == [L - 1]
 
 
+def test_exit_threshold_zero_leaves_after_the_first_loop_even_when_the_gate_never_would():
+    assert exit_loop(torch.full((1, L), -1e4), 0.0).tolist() == [0]
+
+
 # Steps 1 to 5
 
 
