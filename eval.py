@@ -74,6 +74,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def make_folder(folder: Path) -> None:
+    """Raises UserError if there can be no such folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {folder} can't be a folder ({error.strerror}): give another place") from error
+
+
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
     """A fresh context for one forward pass; its cached weights go stale after an optimiser step."""
     bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
@@ -191,6 +199,8 @@ def show(found: dict) -> None:
 def main() -> None:
     config = tyro.cli(EvalConfig, description=__doc__)
     config.check()
+    if config.out:
+        make_folder(config.out.parent)
     device = pick_device(config.device)
     shapes = [model.load_config(folder) for folder in config.models]
     for folder, shape in zip(config.models, shapes, strict=True):
@@ -213,7 +223,6 @@ def main() -> None:
     found = results(scores, device=device, seed=config.seed)
     show(found)
     if config.out:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
         config.out.write_text(json.dumps(found, indent=1) + "\n")
 
 

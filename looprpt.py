@@ -48,7 +48,7 @@ import data
 import eval
 import model
 from data import Batch, DataConfig
-from eval import Precision, autocast, console, counted, pick_device
+from eval import Precision, autocast, console, counted, make_folder, pick_device
 from model import LoopedTransformer, ModelConfig, UserError, exit_logpdf, exit_loop, report
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,6 +138,10 @@ class Config:
             given = " ".join(self.objective) or "nothing"
             raise UserError(
                 f"--objective {given}: give each stage at most once, and at least one of pretrain, gate, rpt"
+            )
+        if not self.init and self.objective[0] != "pretrain":
+            raise UserError(
+                f"--objective {self.objective[0]} has nothing to start from: give --init, or put pretrain before it"
             )
         for stage in ("gate", "rpt"):
             if stage in self.objective and self.model.loops < 2:
@@ -566,7 +570,7 @@ def main() -> None:
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         size = sum(p.numel() for p in student.parameters())
         console.print(
             f"{size:,} parameters, {student.config.loops} loops, on {world} x {device.type}; the run goes to {folder}"

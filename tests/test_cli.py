@@ -200,6 +200,9 @@ RANGES = """--model.width 65 | --model.width 65 is not divisible by --model.head
 --train.batch 0 | --train.batch 0 is out of its range
 --pretrain.steps 0 | --pretrain.steps 0 is out of its range
 --objective rpt rpt | --objective rpt rpt: give each stage at most once
+--objective gate rpt | --objective gate has nothing to start from: give --init, or put pretrain before it
+--out text.txt | --out: text.txt can't be a folder (File exists): give another place
+--out text.txt/deeper | --out: text.txt/deeper can't be a folder (Not a directory): give another place
 --objective | --objective nothing: give each stage at most once
 --device tpu9 | --device tpu9 is not a device: give auto, cpu, cuda or cuda:1
 --device cuda:77 | --device cuda:77 is not there
@@ -245,6 +248,7 @@ def test_eval_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch):
         ([text], "was trained on text, not on the built-in chain arithmetic: give --data.path"),
         ([text, "--data.path", tmp_path / "a.txt", "--data.val", tmp_path / "a.txt"], "is for training"),
         ([run / "base", "--batch", 0], "--batch 0 is below 1"),
+        ([run / "base", "--out", tmp_path / "a.txt" / "b.json"], "can't be a folder"),
         ([run / "base", "--out", tmp_path / "a.txt"], "is there already: nothing saved is overwritten"),
         ([], "no checkpoint was given"),
     ):
