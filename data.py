@@ -19,7 +19,7 @@ import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from model import UserError, report
+from model import UserError, load_config, report
 
 
 class Batch(NamedTuple):
@@ -54,6 +54,10 @@ class DataConfig:
             raise UserError(f"--data.prompt-key {self.prompt_key} came alone: give --data.response-key too")
         if self.val and not self.path:
             raise UserError(f"--data.val {self.val} came without --data.path: give the file to train on too")
+        if self.tokenizer != "auto" and not self.path:
+            raise UserError(
+                f"--data.tokenizer {self.tokenizer} came without --data.path: the built-in task has its own"
+            )
 
 
 def seeded(*key, device: torch.device | str = "cpu") -> torch.Generator:
@@ -153,22 +157,41 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UserError(f"{name} is not a tokenizer ({error}): give a tokenizer.json, or 'bytes'") from error
 
 
+def tokenizer_file(config: DataConfig, checkpoint: Path | None) -> Path | None:
+    """The tokenizer.json asked for, or the checkpoint's own; None for a built-in tokenizer."""
+    if config.tokenizer == "auto":
+        return checkpoint and checkpoint / "tokenizer.json"
+    return None if config.tokenizer == "bytes" else Path(config.tokenizer)
+
+
 def pick_tokenizer(config: DataConfig, checkpoint: Path | None) -> Tokenizer:
     """The one asked for, else the checkpoint's own, else the built-in task's or the bytes.
 
-    Raises UserError for a checkpoint without tokenizer.json, or one trained on text while no text is given.
+    Raises UserError for a checkpoint without tokenizer.json, one trained on text while no text is given, or one whose
+    vocabulary is smaller than the tokenizer's.
     """
-    if checkpoint and config.tokenizer == "auto":
-        if not (checkpoint / "tokenizer.json").is_file():
+    file = tokenizer_file(config, checkpoint)
+    if file:
+        if checkpoint and file.parent == checkpoint and not file.is_file():
             raise UserError(f"{checkpoint} has no tokenizer.json: give one with --data.tokenizer")
-        tokenizer = load_tokenizer(str(checkpoint / "tokenizer.json"))
-    elif config.path is None:
-        tokenizer = chain_tokenizer()
+        tokenizer = load_tokenizer(str(file))
     else:
-        tokenizer = load_tokenizer("bytes" if config.tokenizer == "auto" else config.tokenizer)
+        tokenizer = byte_tokenizer() if config.path else chain_tokenizer()
     if config.path is None and not is_chain(tokenizer):
         raise UserError(f"{checkpoint} was trained on text, not on the built-in chain arithmetic: give --data.path")
+    if checkpoint:
+        check_vocabulary(tokenizer, checkpoint)
     return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, checkpoint: Path) -> None:
+    """Raises UserError if the tokenizer has tokens that the model doesn't know."""
+    known, needed = load_config(checkpoint).vocab_size, vocab_size(tokenizer)
+    if known < needed:
+        raise UserError(
+            f"{checkpoint} has a vocabulary of {known}, the tokenizer one of {needed}: "
+            "give the tokenizer that the checkpoint was trained with"
+        )
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
@@ -182,6 +205,25 @@ def is_chain(tokenizer: Tokenizer) -> bool:
 def eos_id(tokenizer: Tokenizer) -> int | None:
     """Id of the end-of-text token, None if there is none."""
     return next((i for i in map(tokenizer.token_to_id, EOS_NAMES) if i is not None), None)
+
+
+def ids(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -> list[list[int]]:
+    """Tokens of each text. special: whether a text that spells a special token yields it."""
+    tokenizer.encode_special_tokens = not special
+    return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def chat_prompts(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
+    """ChatML up to where the assistant's answer starts. Raises UserError if the tokenizer lacks its tokens."""
+    start, end = map(tokenizer.token_to_id, (IM_START, IM_END))
+    if start is None or end is None:
+        raise UserError(
+            f"ChatML needs a tokenizer with {IM_START} and {IM_END}: give another, or leave the chat flag out"
+        )
+    newline, assistant = ids(tokenizer, ["\n", "assistant\n"])
+    return [
+        [start, *user, end, *newline, start, *assistant] for user in ids(tokenizer, [f"user\n{p}" for p in prompts])
+    ]
 
 
 def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.json")) -> None:
@@ -305,39 +347,31 @@ class Row(NamedTuple):
     prompt: int  # how many of them are the prompt's; the first token is never asked
 
 
-def encode(path: Path, tokenizer: Tokenizer, vocab: int, config: DataConfig) -> tuple[list[Row], list[str]]:
+def encode(path: Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Row], list[str]]:
     """Rows of at most length + 1 tokens, and sentences on what was cut or left out.
 
     Prompt and response are tokenized apart, so the boundary is exact, and text never yields a special token.
-    Raises UserError for what `read` refuses, a tokenizer without the special tokens, a token outside the vocabulary,
-    and a file with no token that counts.
+    Raises UserError for what `read` refuses, a tokenizer without the special tokens, and a file with no token that
+    counts.
     """
     pairs, most = read(path, config.prompt_key, config.response_key), config.length + 1
-    tokenizer.encode_special_tokens = True
-    eos, (im_start, im_end) = eos_id(tokenizer), map(tokenizer.token_to_id, (IM_START, IM_END))
+    eos = eos_id(tokenizer)
     if is_chain(tokenizer) or eos is None:
         raise UserError(
             f"the tokenizer has none of the tokens {', '.join(EOS_NAMES)}, so no document can end: "
             "give another with --data.tokenizer, or a checkpoint trained on text"
         )
-    if config.chat and (im_start is None or im_end is None):
-        raise UserError(f"--data.chat needs a tokenizer with {IM_START} and {IM_END}: give another, or leave it out")
-
-    def ids(texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    responses = ids([response for _, response in pairs])
+    responses = ids(tokenizer, [response for _, response in pairs])
     if pairs[0][0] is None:
         documents = [[*r, eos] for r in responses]
         blocks = [d[i : i + most] for d in documents for i in range(0, len(d), config.length)]
         rows, notes = [Row(b, 1) for b in blocks if len(b) > 1], []
     else:
         if config.chat:
-            user, newline, assistant = ids([f"user\n{p}" for p, _ in pairs]), *ids(["\n", "assistant\n"])
-            prompts = [[im_start, *u, im_end, *newline, im_start, *assistant] for u in user]
-            rows = [Row([*p, *r, im_end], len(p)) for p, r in zip(prompts, responses, strict=True)]
+            prompts, end = chat_prompts(tokenizer, [p for p, _ in pairs]), tokenizer.token_to_id(IM_END)
+            rows = [Row([*p, *r, end], len(p)) for p, r in zip(prompts, responses, strict=True)]
         else:
-            prompts = ids([f"Problem: {p}\nSolution: " for p, _ in pairs])
+            prompts = ids(tokenizer, [f"Problem: {p}\nSolution: " for p, _ in pairs])
             rows = [Row([*p, *r, eos], len(p)) for p, r in zip(prompts, responses, strict=True)]
         cut = sum(len(r.ids) > most for r in rows)
         whole, rows = len(rows), [Row(r.ids[:most], r.prompt) for r in rows if r.prompt < most]
@@ -348,11 +382,6 @@ def encode(path: Path, tokenizer: Tokenizer, vocab: int, config: DataConfig) -> 
             notes.append(f"{path}: {whole - len(rows)} of them are left out, their prompt alone fills the row")
     if not rows:
         raise UserError(f"{path} has no token that counts: give longer text, or raise --data.length {config.length}")
-    if (largest := max(max(r.ids) for r in rows)) >= vocab:
-        raise UserError(
-            f"{path} yields token {largest}, outside the model's vocabulary of {vocab}: "
-            "give the tokenizer that the checkpoint was trained with"
-        )
     return rows, notes
 
 
@@ -406,13 +435,13 @@ def source(rows: list[Row] | None, config: DataConfig, *, batch: int, seed: obje
     return Chain(config.operands, batch=batch, seed=seed, held_out=config.val_rows if held_out else 0)
 
 
-def split(config: DataConfig, tokenizer: Tokenizer, vocab: int, *, seed: int):
+def split(config: DataConfig, tokenizer: Tokenizer, *, seed: int):
     """Rows to train on, rows held out, and sentences on what was cut; None and None for the built-in task."""
     if config.path is None:
         return None, None, []
-    train, notes = encode(config.path, tokenizer, vocab, config)
+    train, notes = encode(config.path, tokenizer, config)
     if config.val:
-        val, val_notes = encode(config.val, tokenizer, vocab, config)
+        val, val_notes = encode(config.val, tokenizer, config)
         return train, val, notes + val_notes
     if len(train) < 2:
         raise UserError(f"{config.path} gives a single row, so none can be held out: give --data.val")

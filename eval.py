@@ -26,7 +26,7 @@ from torch import Tensor
 import data
 import model
 from data import Batch, Chain, DataConfig, Documents
-from model import LoopedTransformer, UserError, exit_loop, report
+from model import LoopedTransformer, UserError, exit_loop, pick_device, report
 
 Precision = Literal["auto", "float32", "bfloat16"]
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -57,21 +57,6 @@ class EvalConfig:
             raise UserError(f"--batch {self.batch} is below 1: give a positive number")
         if self.out and self.out.exists():
             raise UserError(f"--out {self.out} is there already: nothing saved is overwritten, give another name")
-
-
-def pick_device(name: str) -> torch.device:
-    """Raises UserError if there is no such device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name} is not a device: give auto, cpu, cuda or cuda:1") from error
-    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(
-        torch.cuda.device_count(), device.type == "cpu"
-    ):
-        raise UserError(f"--device {name} is not there: {torch.cuda.device_count()} CUDA devices are, give auto or cpu")
-    return device
 
 
 def make_folder(folder: Path) -> None:
@@ -212,7 +197,7 @@ def main() -> None:
     tokenizer = data.pick_tokenizer(config.data, config.models[0])
     rows = None
     if config.data.path:
-        rows, notes = data.encode(config.data.path, tokenizer, shapes[0].vocab_size, config.data)
+        rows, notes = data.encode(config.data.path, tokenizer, config.data)
         print(*notes, sep="\n", end="\n" * bool(notes))
     source = data.source(rows, config.data, batch=config.batch, seed=config.seed, held_out=True)
     unique = len({folder.name for folder in config.models}) == len(config.models)

@@ -48,8 +48,8 @@ import data
 import eval
 import model
 from data import Batch, DataConfig
-from eval import Precision, autocast, console, counted, make_folder, pick_device
-from model import LoopedTransformer, ModelConfig, UserError, exit_logpdf, exit_loop, report
+from eval import Precision, autocast, console, counted, make_folder
+from model import DTYPES, DType, LoopedTransformer, ModelConfig, UserError, exit_logpdf, exit_loop, pick_device, report
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: each comment is the flag's help
@@ -120,6 +120,7 @@ class Config:
     seed: int = 0  # of the weights, the rows and the noise
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bfloat16 on a GPU, float32 on a CPU)
+    save_dtype: DType = "fp32"  # of the weights in the saved checkpoints; training keeps float32
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -558,13 +559,15 @@ def main() -> None:
         torch.cuda.set_device(device)
 
     tokenizer = data.pick_tokenizer(config.data, config.init)
+    file = data.tokenizer_file(config.data, config.init)
+    beside = file.parent if file and file.name == "tokenizer.json" else None  # what else stands there goes along
     if config.init:
         student = model.load(config.init, device)
         student.config = config.model.resolved()
     else:
         shape = replace(config.model, vocab_size=data.vocab_size(tokenizer), eos_token_id=data.eos_id(tokenizer))
         student = LoopedTransformer(shape, generator=data.seeded(config.seed, "weights")).to(device)
-    rows, val_rows, notes = data.split(config.data, tokenizer, student.config.vocab_size, seed=config.seed)
+    rows, val_rows, notes = data.split(config.data, tokenizer, seed=config.seed)
     if rows is not None and len(rows) < world:
         raise UserError(f"{config.data.path} gives {len(rows)} rows for {world} processes: each needs one")
     if world > 1:
@@ -585,7 +588,7 @@ def main() -> None:
             if rank == 0:
                 watch(steps, getattr(config, stage).steps, stage, log)
                 target = folder / FOLDER[stage]
-                model.save(student, target, tokenizer)
+                model.save(student, target, tokenizer, dtype=DTYPES[config.save_dtype], beside=beside)
                 models[target.name if target.name not in models else str(target)] = target
             else:
                 deque(steps, maxlen=0)

@@ -4,16 +4,20 @@ Axes, here and everywhere: B batch, T tokens, L loops, G rollouts, H heads, K ke
 D width, V vocabulary, N selected tokens. Loops are counted from 1 in everything a person reads.
 
     h(0) = embedding;  h(l) = norm(layers(h(l-1)));  gate and head read h(l), and h(l) feeds the next loop.
+
+    python model.py export IN OUT --dtype bf16     writes a checkpoint again, in another precision
 """
 
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +26,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tyro.conf import Positional
 
 
 class UserError(ValueError):
@@ -35,6 +40,21 @@ def report(main: Callable[[], None]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         sys.exit(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}")
+
+
+def pick_device(name: str) -> torch.device:
+    """Raises UserError if there is no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name} is not a device: give auto, cpu, cuda or cuda:1") from error
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(
+        torch.cuda.device_count(), device.type == "cpu"
+    ):
+        raise UserError(f"--device {name} is not there: {torch.cuda.device_count()} CUDA devices are, give auto or cpu")
+    return device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +79,8 @@ class ModelConfig:
     rms_norm_eps: tyro.conf.Suppress[float] = 1e-6
     init_std: tyro.conf.Suppress[float] = 0.02
     tied: tyro.conf.Suppress[bool] = False
-    eos_token_id: tyro.conf.Suppress[int | None] = 0
+    bos_token_id: tyro.conf.Suppress[int | None] = 0
+    eos_token_id: tyro.conf.Suppress[int | tuple[int, ...] | None] = 0
     exit_threshold: tyro.conf.Suppress[float] = 1.0
 
     def resolved(self) -> "ModelConfig":
@@ -98,15 +119,15 @@ class ModelConfig:
 # Layers (attribute names are Ouro's key names)
 
 
-def rotary(length: int, channels: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles of positions 0 ... length-1, float32.    -> T C/2, T C/2"""
-    frequency = theta ** -(torch.arange(0, channels, 2, device=device, dtype=torch.float32) / channels)  # C/2
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency  # T C/2
+def rotary(positions: Tensor, channels: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, float32.    ... -> ... C/2, ... C/2"""
+    frequency = theta ** -(torch.arange(0, channels, 2, device=positions.device, dtype=torch.float32) / channels)
+    angle = positions[..., None].float() * frequency  # ... C/2
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in half-split form.    B H T C -> B H T C"""
+    """Rotary positions in half-split form.    B H T C, ... T C/2, ... T C/2 -> B H T C"""
     a, b = x.chunk(2, -1)  # B H T C/2
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
 
@@ -132,13 +153,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: Callable | None = None) -> Tensor:
+        """keep: takes the new keys and values, returns those to attend to and a mask (see Cache)."""
         q, k, v = (
             rearrange(proj(x), "b t (h c) -> b h t c", c=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # B H T C, B K T C, B K T C
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)  # B H T C
+        k, v, mask = keep(k, v) if keep else (k, v, None)
+        several = q.shape[2] > 1  # a single token sees everything
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=several, enable_gqa=self.grouped)  # B H T C
         return self.o_proj(rearrange(out, "b h t c -> b t (h c)"))
 
 
@@ -164,8 +188,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.width, c.rms_norm_eps)
         self.post_attention_layernorm_2 = RMSNorm(c.width, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.input_layernorm_2(self.self_attn(self.input_layernorm(x), cos, sin))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: Callable | None = None) -> Tensor:
+        x = x + self.input_layernorm_2(self.self_attn(self.input_layernorm(x), cos, sin, keep))
         return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -195,7 +219,13 @@ class LoopedTransformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
-        self, x: Tensor, *, loops: int | None = None, noise_std: float = 0.0, generator: torch.Generator | None = None
+        self,
+        x: Tensor,
+        *,
+        loops: int | None = None,
+        noise_std: float = 0.0,
+        generator: torch.Generator | None = None,
+        cache: "Cache | None" = None,
     ) -> Output:
         """Run the stack `loops` times (default: all L) and return the state and the gate after each of them.
 
@@ -203,21 +233,38 @@ class LoopedTransformer(nn.Module):
         noise_std  standard deviation of the Gaussian noise on a state *that is fed to the next loop*; the gate and the
                    head read the state before the noise, and an embedding gets none (LoopRPT, Figure 2)
         generator  where the noise comes from, on x's device
+        cache      an empty cache to keep the keys and values of these tokens
         """
         fresh = not x.is_floating_point()
         state = self.embed_tokens(x) if fresh else x  # B T D
-        cos, sin = rotary(x.shape[1], self.config.head_dim, self.config.rope_theta, x.device)
+        cos, sin = self.rotary(torch.arange(x.shape[1], device=x.device))
         hidden = []
         for loop in range(self.config.loops if loops is None else loops):
             if noise_std and not (fresh and loop == 0):
                 noise = torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
                 state = state + noise_std * noise
-            for layer in self.layers:
-                state = layer(state, cos, sin)
-            state = self.norm(state)
+            state = self.loop(state, cos, sin, cache and cache.prompt(loop))
             hidden.append(state)
         hidden = torch.stack(hidden, 2)  # B T L D
         return Output(hidden, self.gate(hidden))
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(positions, self.config.head_dim, self.config.rope_theta)
+
+    def loop(self, state: Tensor, cos: Tensor, sin: Tensor, keep: Callable | None = None) -> Tensor:
+        """Once through the stack and the final norm.    B T D, ... T C/2, ... T C/2 -> B T D"""
+        for i, layer in enumerate(self.layers):
+            state = layer(state, cos, sin, keep and partial(keep, i))
+        return self.norm(state)
+
+    def decode(self, state: Tensor, cache: "Cache", rows: list[int], loops: list[int], positions: list[int]) -> Tensor:
+        """One loop more for the newest token of each of these rows of the cache.    R D -> R D
+
+        The weights are the same in every loop, so one pass serves tokens that are at different loops (from 0).
+        """
+        cos, sin = self.rotary(torch.tensor(positions, device=state.device))  # R C/2
+        cos, sin = (rearrange(x, "r c -> r 1 1 c") for x in (cos, sin))
+        return self.loop(state[:, None], cos, sin, cache.step(rows, loops, positions))[:, 0]
 
     def gate(self, hidden: Tensor) -> Tensor:
         """Logit of leaving here, in float32 or better even under autocast.    ... D -> ..."""
@@ -249,7 +296,64 @@ def exit_loop(gate: Tensor, threshold: float) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoint folders, in Ouro's own layout: config.json, model.safetensors, tokenizer.json
+# The cache of generation
+
+
+class Cache:
+    """Keys and values of the tokens so far, preallocated: a slot for each loop of each layer.
+
+    A token at loop l attends to slot l of the tokens before it. One that left early has filled its first slots only;
+    `fill` copies the last of them into the rest. With a single slot (Ouro's sharing of the last loop's keys and values)
+    every loop overwrites it, so that it holds each token's last loop, and all loops of the next tokens attend to that.
+    """
+
+    def __init__(self, c: ModelConfig, rows: int, length: int, *, slots: int, device: torch.device, dtype: torch.dtype):
+        shape = c.layers, slots, rows, c.kv_heads, length, c.head_dim  # layers L B K S C
+        self.slots, self.rows = slots, rows
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    def prompt(self, loop: int) -> Callable:
+        """Keeps one loop over the prompts of all rows, from position 0 on; tokens attend among themselves."""
+
+        def keep(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+            for kept, new in (self.keys, k), (self.values, v):
+                kept[layer, min(loop, self.slots - 1), :, :, : new.shape[2]] = new
+            return k, v, None
+
+        return keep
+
+    def step(self, rows: list[int], loops: list[int], positions: list[int]) -> Callable:
+        """Keeps one token of each of these rows, at its own loop and position; it attends to its row up to there."""
+        slots, length, device = [min(loop, self.slots - 1) for loop in loops], max(positions) + 1, self.keys.device
+        together = len({*slots}) == 1 and len(rows) == self.rows  # then nothing need be gathered
+        at = [torch.tensor(x, device=device) for x in (slots, rows, positions)]
+        mask = None
+        if min(positions) + 1 < length:
+            mask = rearrange(torch.arange(length, device=device) <= at[2][:, None], "r s -> r 1 1 s")
+
+        def keep(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            seen = []
+            for kept, new in (self.keys[layer], k), (self.values[layer], v):  # L B K S C, R K 1 C
+                if together and mask is None:
+                    kept[slots[0], :, :, length - 1] = new[:, :, 0]
+                else:
+                    kept[at[0], at[1], :, at[2]] = new[:, :, 0]
+                seen.append(kept[slots[0], :, :, :length] if together else kept[at[0], at[1], :, :length])  # R K S C
+            return *seen, mask
+
+        return keep
+
+    def fill(self, rows: list[int], loops: list[int], positions: list[int]) -> None:
+        """Tokens that left after `loops` loops: the deeper slots get the last one's keys and values."""
+        row, last, position = (torch.tensor(x, device=self.keys.device)[:, None] for x in (rows, loops, positions))
+        slot = torch.arange(self.slots, device=self.keys.device)  # L
+        source = slot.minimum(last - 1)  # R L
+        for kept in (self.keys, self.values):
+            kept[:, slot, row, :, position] = kept[:, source, row, :, position]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoint folders, in Ouro's own layout: config.json, model.safetensors (or shards and their index), tokenizer.json
 
 CONFIG_KEYS = {  # Ouro's name: ours
     "num_hidden_layers": "layers",
@@ -265,27 +369,37 @@ CONFIG_KEYS = {  # Ouro's name: ours
     "rms_norm_eps": "rms_norm_eps",
     "initializer_range": "init_std",
     "tie_word_embeddings": "tied",
+    "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
     "early_exit_threshold": "exit_threshold",
 }
 NEEDED = ("layers", "loops", "width", "heads", "ffn", "vocab_size")  # the shape; the rest has Ouro's defaults
-CONFIG_FIXED = {  # keys whose value is part of the architecture, or that only other programs read
-    "architectures": ["OuroForCausalLM"],
+ARCHITECTURE = {  # what a configuration says of the computation; ours does just this
     "model_type": "ouro",
+    "architectures": ["OuroForCausalLM"],
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "attention_dropout": 0.0,
+    "use_sliding_window": False,
+}
+FOR_OTHERS = {  # what only other programs read
     "auto_map": {
         "AutoConfig": "ByteDance/Ouro-1.4B--configuration_ouro.OuroConfig",
         "AutoModel": "ByteDance/Ouro-1.4B--modeling_ouro.OuroModel",
         "AutoModelForCausalLM": "ByteDance/Ouro-1.4B--modeling_ouro.OuroForCausalLM",
     },
-    "hidden_act": "silu",
-    "rope_scaling": None,
-    "attention_dropout": 0.0,
-    "use_sliding_window": False,
     "sliding_window": None,
     "use_cache": True,
-    "torch_dtype": "float32",
     "transformers_version": "4.55.0",
 }
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # larger checkpoints are split
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+BESIDE = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
+    chat_template.jinja generation_config.json""".split()  # what else a folder holds, copied as it is
+
+DType = Literal["bf16", "fp32"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def ouro_name(name: str) -> str:
@@ -293,72 +407,224 @@ def ouro_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def save(model: LoopedTransformer, folder: Path, tokenizer=None) -> None:
+def save(
+    model: LoopedTransformer,
+    folder: Path,
+    tokenizer=None,
+    *,
+    dtype: torch.dtype | None = None,
+    beside: Path | None = None,
+) -> None:
     """Write a checkpoint folder, complete or not at all: under a temporary name first, then renamed.
 
     tokenizer  a tokenizers.Tokenizer, saved beside the weights
+    dtype      of the weights in the file (default: as they are)
+    beside     a folder whose tokenizer and generation files are copied as they are
     Raises UserError if the folder is there already.
     """
     if folder.exists():
         raise UserError(f"{folder} is there already: nothing saved is overwritten, give another folder")
     c, shape = model.config, asdict(model.config)
-    config = CONFIG_FIXED | {key: shape[ours] for key, ours in CONFIG_KEYS.items()}
-    config |= {"bos_token_id": c.eos_token_id, "layer_types": ["full_attention"] * c.layers}
-    weights = {ouro_name(name): p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    dtype = dtype or model.embed_tokens.weight.dtype
+    config = ARCHITECTURE | FOR_OTHERS | {key: shape[ours] for key, ours in CONFIG_KEYS.items()}
+    config |= {"layer_types": ["full_attention"] * c.layers, "torch_dtype": str(dtype).removeprefix("torch.")}
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer is not None:
+    save_weights({ouro_name(name): p.detach() for name, p in model.named_parameters()}, temporary, dtype)
+    copied = [name for name in BESIDE if (beside / name).is_file()] if beside else []
+    for name in copied:
+        shutil.copyfile(beside / name, temporary / name)
+    if tokenizer is not None and "tokenizer.json" not in copied:
         tokenizer.save(str(temporary / "tokenizer.json"))
+        end = None if c.eos_token_id is None else tokenizer.id_to_token(c.eos_token_id)
+        how = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
+        (temporary / "tokenizer_config.json").write_text(json.dumps(how, indent=2) + "\n")
     os.rename(temporary, folder)
+
+
+def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """One model.safetensors, or shards of at most SHARD_BYTES and their index; one shard at a time is converted."""
+    shards, room = [[]], SHARD_BYTES
+    for name, weight in weights.items():
+        size = weight.numel() * dtype.itemsize
+        if shards[-1] and size > room:
+            shards.append([])
+            room = SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    one = len(shards) == 1
+    files = (
+        ["model.safetensors"]
+        if one
+        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    for names, file in zip(shards, files, strict=True):
+        part = {name: weights[name].to("cpu", dtype).contiguous() for name in names}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    if not one:
+        total = sum(w.numel() for w in weights.values()) * dtype.itemsize
+        where = {name: file for names, file in zip(shards, files, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}): restore the file") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, not an object: restore the file")
+    return found
 
 
 def load_config(folder: Path) -> ModelConfig:
     """Shape of the checkpoint in a folder. Raises UserError if it isn't one, or isn't Ouro's architecture."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} is not a checkpoint folder: it has no config.json")
+        what = (
+            "is a file, give its folder"
+            if folder.is_file()
+            else "has no config.json"
+            if folder.is_dir()
+            else "is not there"
+        )
+        raise UserError(f"{folder} is not a checkpoint folder: it {what}")
+    config = read_json(path)
+    layer_types = config.get("layer_types") or []
+    given = (
+        ARCHITECTURE
+        | {"model_type": None}
+        | config
+        | {"layer_types": sorted({*map(str, layer_types)} - {"full_attention"})}
+    )
+    for key, ours in (ARCHITECTURE | {"layer_types": []}).items():
+        if given[key] != ours:
+            raise UserError(f"{path} says {key} {given[key]!r}: only Ouro's {ours!r} is known here")
+    rope = config.get("rope_parameters") or {}  # where transformers 5 writes them
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"{path} says rope_type {rope['rope_type']!r}: only Ouro's 'default' is known here")
+    config = {key: rope[key] for key in ("rope_theta",) if key in rope} | config
+    found = {ours: config[key] for key, ours in CONFIG_KEYS.items() if key in config}
+    missing = [key for key, ours in CONFIG_KEYS.items() if ours in NEEDED and key not in config]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: restore the file")
+    if isinstance(found.get("eos_token_id"), list):
+        found["eos_token_id"] = tuple(found["eos_token_id"])
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config["model_type"] != "ouro":
-            raise UserError(f"{path} says model_type {config['model_type']!r}: only 'ouro' is known here")
-        found = {ours: config[key] for key, ours in CONFIG_KEYS.items() if key in config}
-        missing = [key for key, ours in CONFIG_KEYS.items() if ours in NEEDED and key not in config]
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}: restore the file")
         return ModelConfig(**found).resolved()
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the configuration of an Ouro model ({error!r}): restore the file") from error
+    except TypeError as error:
+        raise UserError(f"{path} is not the configuration of an Ouro model ({error}): restore the file") from error
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> LoopedTransformer:
-    """The model in a checkpoint folder, in float32. Raises UserError for a missing, damaged or foreign checkpoint."""
-    config, path = load_config(folder), folder / "model.safetensors"
-    if not path.is_file():
+def weight_files(folder: Path) -> dict[str, list[str] | None]:
+    """The safetensors files of a checkpoint folder, and the keys that its index (if it has one) says each holds."""
+    if (folder / "model.safetensors").is_file():
+        return {"model.safetensors": None}
+    if not (folder / INDEX).is_file():
+        pickles = sorted(path.name for kind in PICKLES for path in folder.glob(kind))
+        if pickles:
+            raise UserError(
+                f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is loaded: only safetensors "
+                "are read; convert it where that does no harm, with safetensors.torch.save_file"
+            )
         raise UserError(f"{folder} has no model.safetensors: only safetensors checkpoints are read")
+    files: dict[str, list[str]] = {}
+    where = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        raise UserError(f"{folder / INDEX} has no weight_map of names to files: restore the file")
+    for key, file in where.items():
+        files.setdefault(file, []).append(key)
+    for file in files:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise UserError(f"{folder / INDEX} names {file}, which is not in the folder: restore it")
+    return files
+
+
+def load(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
+) -> LoopedTransformer:
+    """The model in a checkpoint folder.
+
+    dtype  of the parameters (None: as stored)
+    Tensors are read one at a time from the mapped file, so little more is held than the model.
+    Raises UserError for a missing, damaged or foreign checkpoint.
+    """
+    config = load_config(folder)
     with torch.device("meta"):
         model = LoopedTransformer(config)
-    expected = {ouro_name(name): (name, p.shape) for name, p in model.named_parameters()}
-    try:
-        with safe_open(path, framework="pt") as file:
-            missing, extra = sorted(expected.keys() - file.keys()), sorted(file.keys() - expected.keys())
-            if missing or extra:
-                raise UserError(
-                    f"{path} does not match its config.json: missing {missing or 'none'}, extra {extra or 'none'}"
-                )
-            weights = {}
-            for key, (name, shape) in expected.items():
-                tensor = file.get_tensor(key)
-                if tensor.shape != shape:
+    names = {ouro_name(name): name for name, _ in model.named_parameters()}
+    shapes = {ouro_name(name): tuple(p.shape) for name, p in model.named_parameters()}
+    place, stored = {}, {}
+    for file, keys in weight_files(folder).items():
+        path = folder / file
+        with opened(path) as weights:
+            if keys is not None and {*keys} != {*weights.keys()}:
+                wrong = ", ".join(sorted({*keys} ^ {*weights.keys()}))
+                raise UserError(f"{folder / INDEX} and {path} disagree on {wrong}: restore both from a copy")
+            for key in weights.keys():  # noqa: SIM118  it is no dict
+                part = weights.get_slice(key)
+                place[key], stored[key] = path, part.get_dtype()
+                if key in shapes and tuple(part.get_shape()) != shapes[key]:
                     raise UserError(
-                        f"{path} holds {key} of shape {tuple(tensor.shape)}, its config.json says {tuple(shape)}"
+                        f"{path} holds {key} of shape {tuple(part.get_shape())}, its config.json says {shapes[key]}"
                     )
-                weights[name] = tensor.float()
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it from a copy") from error
+    if config.tied and "lm_head.weight" in place:  # some writers keep the copy
+        head, embedding = (read_tensor(place[key], key) for key in ("lm_head.weight", "model.embed_tokens.weight"))
+        if not head.equal(embedding):
+            raise UserError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs: set it to false")
+        del place["lm_head.weight"]
+    missing, extra = sorted(names.keys() - place.keys()), sorted(place.keys() - names.keys())
+    if missing or extra:
+        raise UserError(
+            f"{folder} does not match its config.json: missing {missing or 'none'}, extra {extra or 'none'}"
+        )
+    for key, kind in stored.items():
+        if kind not in ("BF16", "F16", "F32", "F64"):
+            raise UserError(f"{place[key]} holds {key} as {kind}: only BF16, F16, F32 and F64 weights are read")
+    dtype = dtype or read_tensor(place["model.norm.weight"], "model.norm.weight").dtype
+    weights = {name: read_tensor(place[key], key).to(device, dtype, copy=True) for key, name in names.items()}
     model.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own
     if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
-    return model.requires_grad_().to(device)
+    return model.requires_grad_()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator:
+    """A safetensors file. Raises UserError if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it from a copy") from error
+
+
+def read_tensor(path: Path, key: str) -> Tensor:
+    """One tensor, mapped; a file opened for it alone is unmapped with it."""
+    with opened(path) as file:
+        return file.get_tensor(key)
+
+
+def export(source: Positional[Path], out: Positional[Path], dtype: DType = "bf16") -> None:
+    """Write a checkpoint again: in another precision, in one file or in shards, with its tokenizer.
+
+    Args:
+        source: checkpoint folder to read.
+        out: folder to write.
+        dtype: precision of the weights in the file.
+    """
+    model = load(source, dtype=DTYPES[dtype])
+    save(model, out, beside=source)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{out}: {size:,} parameters in {dtype}, from {source}")
+
+
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict({"export": export})
+
+
+if __name__ == "__main__":
+    report(main)

@@ -208,10 +208,12 @@ RANGES = """--model.width 65 | --model.width 65 is not divisible by --model.head
 --device cuda:77 | --device cuda:77 is not there
 --data.path none.jsonl | none.jsonl is not a file
 --data.val none.jsonl | --data.val none.jsonl came without --data.path
+--data.tokenizer bytes | --data.tokenizer bytes came without --data.path: the built-in task has its own
 --data.tokenizer none.json --data.path text.txt | --data.tokenizer none.json is not a file
 --data.path text.txt | text.txt gives a single row, so none can be held out: give --data.val
 --data.path text.txt --data.val text.txt --data.chat --data.tokenizer plain.json | the tokenizer has none of the tokens
---init none | none is not a checkpoint folder: it has no config.json"""
+--init none | none is not a checkpoint folder: it is not there
+--init text.txt | text.txt is not a checkpoint folder: it is a file, give its folder"""
 
 
 @pytest.mark.parametrize("case", RANGES.splitlines(), ids=lambda c: c.partition(" |")[0])

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import data
+import model
 from data import Chain, DataConfig, Documents, Row
-from model import UserError
+from model import LoopedTransformer, ModelConfig, UserError
 
 
 def write(path, records):
@@ -18,7 +19,7 @@ def write(path, records):
 
 def encode(path, config=None, tokenizer=None):
     tokenizer = tokenizer or data.byte_tokenizer()
-    return data.encode(path, tokenizer, data.vocab_size(tokenizer), config or DataConfig())
+    return data.encode(path, tokenizer, config or DataConfig())
 
 
 # Chain arithmetic
@@ -177,7 +178,7 @@ def test_processes_share_the_rows_of_a_batch_and_the_index_is_the_whole_position
 
 def test_held_out_documents_are_not_trained_on(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(50)])
-    train, val, _ = data.split(DataConfig(path=path), data.byte_tokenizer(), 259, seed=0)
+    train, val, _ = data.split(DataConfig(path=path), data.byte_tokenizer(), seed=0)
     assert (len(train), len(val)) == (47, 3)
     assert not {tuple(r.ids) for r in train} & {tuple(r.ids) for r in val}
 
@@ -253,9 +254,14 @@ def test_a_file_without_a_token_that_counts_is_refused(tmp_path):
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
+    model.save(LoopedTransformer(ModelConfig(vocab_size=100)), tmp_path / "a", data.byte_tokenizer())
     path = write(tmp_path / "a.jsonl", [{"text": "z"}])
-    with pytest.raises(UserError, match="yields token 125, outside the model's vocabulary of 100"):
-        data.encode(path, data.byte_tokenizer(), 100, DataConfig())
+    message = (
+        "a has a vocabulary of 100, the tokenizer one of 259: give the tokenizer that the checkpoint was trained with"
+    )
+    for name in ("auto", "bytes"):
+        with pytest.raises(UserError, match=message):
+            data.pick_tokenizer(DataConfig(path=path, tokenizer=name), tmp_path / "a")
 
 
 def test_tokenizers_are_refused_in_a_sentence(tmp_path):

@@ -1,6 +1,8 @@
 """The looped model's own laws, and its checkpoint folders."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -30,7 +32,7 @@ def ids():
 def test_looped_equals_unrolled(net, ids):
     out = net(ids)
     state, states = net.embed_tokens(ids), []
-    cos, sin = model.rotary(7, 4, 1e6, ids.device)
+    cos, sin = model.rotary(torch.arange(7), 4, 1e6)
     for _ in range(4):
         for layer in net.layers:
             state = layer(state, cos, sin)
@@ -114,7 +116,8 @@ def test_a_saved_checkpoint_loads_bit_for_bit_under_ouros_names(tmp_path, ids, t
         assert a.equal(b)
         assert b.requires_grad
     assert net(ids).hidden.equal(again(ids).hidden)
-    assert {p.name for p in (tmp_path / "a").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    found = {p.name for p in (tmp_path / "a").iterdir()}
+    assert found == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert not [p for p in tmp_path.iterdir() if p.name != "a"], "no temporary folder stays behind"
 
 
@@ -144,7 +147,164 @@ def test_the_feed_forward_width_of_ouro_is_the_default_ratio():
     assert ModelConfig(width=2048, heads=16).resolved().ffn == 5632
 
 
+# Checkpoints of other programs
+
+
+def parameters(net):
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def same(net, other):
+    assert net.config == other.config
+    for (name, a), (_, b) in zip(net.named_parameters(), other.named_parameters(), strict=True):
+        assert a.dtype == b.dtype, name
+        assert a.equal(b), name
+
+
+def test_a_large_checkpoint_is_sharded_with_an_index_and_loads_the_same(tmp_path, monkeypatch):
+    net = LoopedTransformer(SHAPE)
+    model.save(net, tmp_path / "one")
+    monkeypatch.setattr(model, "SHARD_BYTES", 8000)
+    model.save(net, tmp_path / "many")
+    files = sorted((tmp_path / "many").glob("*.safetensors"))
+    assert len(files) > 2
+    assert [f.name for f in files] == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    index = json.loads((tmp_path / "many" / model.INDEX).read_text())
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert index["weight_map"].keys() == whole.keys()
+    assert index["metadata"]["total_size"] == sum(w.numel() * 4 for w in whole.values())
+    for file in files:
+        part = load_file(file)
+        assert {key for key, name in index["weight_map"].items() if name == file.name} == part.keys()
+        assert sum(w.numel() * 4 for w in part.values()) <= 8000
+    same(model.load(tmp_path / "one"), model.load(tmp_path / "many"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_float_precision_is_read_and_written(tmp_path, dtype):
+    net = LoopedTransformer(SHAPE)
+    model.save(net, tmp_path / "a", dtype=dtype)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
+    as_stored, trained = model.load(tmp_path / "a", dtype=None), model.load(tmp_path / "a")
+    for (name, p), (_, q), (_, r) in zip(*(m.named_parameters() for m in (net, as_stored, trained)), strict=True):
+        assert q.dtype == dtype, name
+        assert r.dtype == torch.float32, name
+        assert q.equal(p.to(dtype)), name
+        assert r.equal(p.to(dtype).float()), name
+
+
+def test_export_keeps_bf16_bit_for_bit_and_copies_what_stands_beside(tmp_path, monkeypatch, capsys):
+    net = LoopedTransformer(replace(SHAPE, bos_token_id=None, eos_token_id=(0, 2), exit_threshold=0.7))
+    model.save(net, tmp_path / "a", dtype=torch.bfloat16)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_ouro.py"):
+        (tmp_path / "a" / name).write_text(f"{{}}  {name}")
+    for source, dtype, out in (("a", "bf16", "b"), ("a", "fp32", "c"), ("c", "bf16", "d")):
+        monkeypatch.setattr(
+            "sys.argv", ["model.py", "export", str(tmp_path / source), str(tmp_path / out), "--dtype", dtype]
+        )
+        model.main()
+    for other in ("b", "d"):
+        same(model.load(tmp_path / "a", dtype=None), model.load(tmp_path / other, dtype=None))
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            assert (tmp_path / other / name).read_text() == f"{{}}  {name}"
+        assert not (tmp_path / other / "modeling_ouro.py").exists(), "no code is copied"
+        assert (tmp_path / other / "config.json").read_bytes() == (tmp_path / "a" / "config.json").read_bytes()
+        original, again = (load_file(tmp_path / x / "model.safetensors") for x in ("a", other))
+        assert original.keys() == again.keys()
+        assert all(original[key].equal(again[key]) for key in original)
+    assert f"{tmp_path / 'd'}: " in capsys.readouterr().out
+
+
+def test_the_published_cases_files_load_and_come_back_bit_for_bit(golden, tmp_path):
+    net = model.load(golden / "ouro_tiny", dtype=None)
+    model.save(net, tmp_path / "a", beside=golden / "ouro_tiny")
+    original, again = (load_file(f / "model.safetensors") for f in (golden / "ouro_tiny", tmp_path / "a"))
+    assert original.keys() == again.keys()
+    assert all(original[key].equal(again[key]) for key in original)
+    theirs, ours = (json.loads((f / "config.json").read_text()) for f in (golden / "ouro_tiny", tmp_path / "a"))
+    assert {key: ours[key] for key in theirs if key != "auto_map"} == {
+        k: v for k, v in theirs.items() if k != "auto_map"
+    }
+
+
+def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
+    net = LoopedTransformer(replace(SHAPE, tied=True))
+    model.save(net, tmp_path / "a")
+    rewrite(tmp_path / "a", lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"].clone()})
+    again = model.load(tmp_path / "a")
+    same(again, net)
+    assert again.lm_head.weight is again.embed_tokens.weight
+    rewrite(tmp_path / "a", lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"] + 1})
+    with pytest.raises(UserError, match=r"says tie_word_embeddings, but its lm_head.weight differs"):
+        model.load(tmp_path / "a")
+
+
+def test_rope_theta_is_found_where_newer_transformers_write_it(tmp_path):
+    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+
+    def change(c):
+        del c["rope_theta"]
+        c["rope_parameters"] = {"rope_theta": 5000.0, "rope_type": "default"}
+
+    spoil(tmp_path / "a", change)
+    assert model.load_config(tmp_path / "a").rope_theta == 5000
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda f: next(f.glob("*00002-of*")).unlink(),
+            r"names model-00002-of-\d+.safetensors, which is not in the folder",
+        ),
+        (lambda f: (f / model.INDEX).write_text("{"), "index.json is not JSON"),
+        (lambda f: (f / model.INDEX).write_text("{}"), "has no weight_map of names to files"),
+        (
+            lambda f: reindex(f, lambda w: {k: f"../{v}" for k, v in w.items()}),
+            r"names ../model-\d+-of-\d+.safetensors, which is not in",
+        ),
+        (
+            lambda f: reindex(f, lambda w: {k: v for k, v in w.items() if k != "model.norm.weight"}),
+            "disagree on model.norm.weight",
+        ),
+        (lambda f: next(f.glob("*00001-of*")).write_bytes(b"junk"), r"model-00001-of-\d+.safetensors is damaged"),
+    ],
+)
+def test_a_damaged_index_or_shard_is_refused(tmp_path, monkeypatch, damage, message):
+    monkeypatch.setattr(model, "SHARD_BYTES", 8000)
+    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    damage(tmp_path / "a")
+    with pytest.raises(UserError, match=message):
+        model.load(tmp_path / "a")
+
+
+def reindex(folder, change):
+    index = json.loads((folder / model.INDEX).read_text())
+    (folder / model.INDEX).write_text(json.dumps(index | {"weight_map": change(index["weight_map"])}))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_loading_holds_little_more_than_the_model(tmp_path, dtype):
+    """Peak memory of a process that loads 220 MB (in float32), over that of one that loads next to nothing."""
+    shape = ModelConfig(layers=16, loops=2, width=512, heads=8, vocab_size=8192)
+    net = LoopedTransformer(shape)
+    model.save(net, tmp_path / "big", dtype=model.DTYPES[dtype])
+    model.save(LoopedTransformer(SHAPE), tmp_path / "small")
+    script = "import sys, resource, model, pathlib; model.load(pathlib.Path(sys.argv[1])); "
+    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, check=True).stdout)
+        for name in ("small", "big")
+    ]
+    size = sum(p.numel() for p in net.parameters()) * 4 / 1024
+    assert peaks[1] - peaks[0] < 1.2 * size
+
+
 # Refusals
+
+
+def rewrite(folder, change):
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
 
 
 def spoil(folder, change):
@@ -158,9 +318,32 @@ def spoil(folder, change):
     ("damage", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "is not a checkpoint folder: it has no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "is not the configuration of an Ouro model"),
-        (lambda f: (f / "config.json").write_text("[]"), "is not the configuration of an Ouro model"),
-        (lambda f: spoil(f, lambda c: c.update(model_type="llama")), "model_type 'llama': only 'ouro' is known here"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list, not an object"),
+        (lambda f: spoil(f, lambda c: c.update(model_type="llama")), "model_type 'llama': only Ouro's 'ouro' is known"),
+        (lambda f: spoil(f, lambda c: c.pop("model_type")), "model_type None: only Ouro's 'ouro' is known here"),
+        (
+            lambda f: spoil(f, lambda c: c.update(architectures=["LlamaForCausalLM"])),
+            r"architectures \['LlamaForCausalLM'\]: only Ouro's",
+        ),
+        (lambda f: spoil(f, lambda c: c.update(hidden_act="gelu")), "hidden_act 'gelu': only Ouro's 'silu' is known"),
+        (lambda f: spoil(f, lambda c: c.update(rope_scaling={"factor": 2})), "rope_scaling {'factor': 2}: only Ouro's"),
+        (
+            lambda f: spoil(f, lambda c: c.update(layer_types=["full_attention", "sliding_attention"])),
+            r"layer_types \['sliding_attention'\]: only Ouro's",
+        ),
+        (
+            lambda f: spoil(f, lambda c: c.update(rope_parameters={"rope_type": "yarn"})),
+            "rope_type 'yarn': only Ouro's 'default' is known here",
+        ),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            "holds pytorch_model.bin, a pickle, which can run any code when it is loaded: only safetensors are",
+        ),
+        (
+            lambda f: rewrite(f, lambda w: w | {"model.norm.weight": w["model.norm.weight"].to(torch.int8)}),
+            "holds model.norm.weight as I8: only BF16, F16, F32 and F64 weights are read",
+        ),
         (lambda f: spoil(f, lambda c: c.pop("vocab_size")), "lacks vocab_size: restore the file"),
         (lambda f: spoil(f, lambda c: c.update(hidden_size="16")), "is not the configuration of an Ouro model"),
         (lambda f: spoil(f, lambda c: c.update(num_hidden_layers=3)), "does not match its config.json: missing"),
@@ -175,7 +358,7 @@ def spoil(folder, change):
             "is damaged",
         ),
         (
-            lambda f: save_file(load_file(f / "model.safetensors") | {"x": torch.ones(1)}, f / "model.safetensors"),
+            lambda f: rewrite(f, lambda w: w | {"x": torch.ones(1)}),
             r"missing none, extra \['x'\]",
         ),
     ],

@@ -1,0 +1,340 @@
+"""Text from a looped model whose gate really stops it: a token that leaves after loop l has run l loops.
+
+    python sample.py out/rpt --prompt "Problem: ..." --exit-threshold 0.5 --show-loops
+
+Prompts run at full depth. While decoding, every pass through the stack serves all rows at once, each at its own loop:
+the weights are the same in every loop, so a row that leaves early starts its next token while others still think.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+
+import data
+import model
+from model import Cache, LoopedTransformer, UserError, pick_device, report
+
+CacheRule = Literal["copy", "last", "full"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where to leave
+
+
+class Exit(NamedTuple):
+    """Leave after the first loop whose score reaches the threshold, after the last loop if none does."""
+
+    rule: str = "gate"  # score: the gate's cumulative exit probability; or 'confidence', the largest token probability
+    threshold: float = 1.0
+
+    def never(self) -> bool:
+        """A gate's threshold of 1 means all loops, however far it is saturated."""
+        return self.rule == "gate" and self.threshold >= 1
+
+
+RULES = ("gate", "confidence")
+
+
+def parse_exit(exit: str | None, threshold: float | None, default: float) -> Exit:
+    """From the flags --exit RULE:THRESHOLD and --exit-threshold. Raises UserError for what they can't be."""
+    if exit and threshold is not None:
+        raise UserError(f"--exit {exit} and --exit-threshold {threshold} are two rules: give one of them")
+    if exit is None:
+        rule, flag, value = "gate", "--exit-threshold", default if threshold is None else threshold
+    else:
+        rule, _, value = exit.partition(":")
+        flag = "--exit"
+        try:
+            value = float(value)
+        except ValueError:
+            rule = ""
+        if rule not in RULES:
+            known = " or ".join(f"{rule}:0.9" for rule in RULES)
+            raise UserError(f"--exit {exit} is not a rule and its threshold: give {known}")
+    if not 0 <= value <= 1:
+        raise UserError(
+            f"{flag} {exit or value} is outside 0..1: give a threshold from 0 (first loop) to 1 (all loops)"
+        )
+    return Exit(rule, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+class Token(NamedTuple):
+    row: int  # which prompt it continues
+    id: int
+    loops: int  # how many loops it took; the first token of a row comes from its prompt, at full depth
+
+
+def draw(logits: Tensor, numbers: list[float], *, temperature: float, top_p: float) -> list[int]:
+    """A token for each row; numbers: where in 0..1 each row's draw falls, so a row's text depends on its own alone.
+
+    R V -> R. Temperature 0 takes the likeliest; top_p keeps the likeliest tokens that hold this share together.
+    """
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)  # R V
+    upto = p.cumsum(-1)
+    mass = upto.gather(-1, (upto < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1))  # R 1
+    where = torch.tensor(numbers, device=p.device, dtype=p.dtype)[:, None] * mass
+    return order.gather(-1, (upto < where).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)).squeeze(-1).tolist()
+
+
+@torch.no_grad()
+def generate(
+    net: LoopedTransformer,
+    prompts: list[list[int]],
+    *,
+    max_tokens: int,
+    exit: Exit = Exit(),  # noqa: B008  it is a constant
+    loops: int | None = None,
+    cache: CacheRule = "copy",
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    done: Callable[[int, list[int]], bool] = lambda row, text: False,
+) -> Iterator[Token]:
+    """Continue every prompt; tokens come as they are found, in no order over the rows.
+
+    prompts  token ids, of any lengths
+    loops    the most that a token may take (default: the model's)
+    cache    'copy': a token that left fills its deeper slots with its last loop's keys and values. 'last': one slot,
+             for the last loop of every token, a quarter of the memory at four loops. 'full': every loop runs, so the
+             cache is exact and no time is saved; the exit says only which loop's answer is taken
+    done     told a row and its new tokens after each of them; says whether the row ends there
+    Raises UserError for an empty prompt, or one longer than the model's positions.
+    """
+    most, device, weight = net.config.max_positions, net.embed_tokens.weight.device, net.embed_tokens.weight
+    for prompt in prompts:
+        if not prompt:
+            raise UserError("the prompt is empty: give at least one token to continue")
+        if len(prompt) > most:
+            raise UserError(f"the prompt has {len(prompt)} tokens, the model {most} positions: give a shorter one")
+    loops = loops or net.config.loops
+    lengths = [len(prompt) for prompt in prompts]
+    longest = min(max(lengths) + max_tokens, most)
+    slots = 1 if cache == "last" else loops
+    kept = Cache(net.config, len(prompts), longest, slots=slots, device=device, dtype=weight.dtype)
+
+    # The prompts, at full depth, padded on the right: no token sees the padding, and decoding overwrites it
+    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # B T
+    for b, prompt in enumerate(prompts):
+        ids[b, : len(prompt)] = torch.tensor(prompt)
+    hidden = net(ids.to(device), loops=loops, cache=kept).hidden[:, :, -1]  # B T D
+
+    # One entry for each row that goes on (R of them). Its newest token has run `ran` loops; `answer` is what its loop
+    # `took` says comes next, and took is 0 while that is open
+    rows, positions = list(range(len(prompts))), [n - 1 for n in lengths]
+    answer = net.logits(hidden[rows, positions])  # R V
+    state, log_stay = torch.empty_like(hidden[:, 0]), answer.new_zeros(len(rows))  # R D, R
+    ran, took, left = [loops] * len(rows), [loops] * len(rows), list(range(len(rows)))
+    texts: list[list[int]] = [[] for _ in rows]
+    generators = [data.seeded(seed, "row", row) for row in rows]
+    while True:
+        # Rows whose token has left: the next one, and back to the first loop
+        if left:
+            numbers = [torch.rand((), generator=generators[rows[i]]).item() for i in left] if temperature else []
+            found = draw(answer[left], numbers, temperature=temperature, top_p=top_p)
+            ended = set()
+            for i, token in zip(left, found, strict=True):
+                row = rows[i]
+                texts[row].append(token)
+                yield Token(row, token, took[i])
+                positions[i] += 1
+                if done(row, texts[row]) or len(texts[row]) >= max_tokens or positions[i] >= most:
+                    ended.add(i)
+                ran[i] = took[i] = 0
+            state[left], log_stay[left] = net.embed_tokens(torch.tensor(found, device=device)), 0.0
+            if ended:
+                on = [i for i in range(len(rows)) if i not in ended]
+                if not on:
+                    return
+                rows, positions, ran, took = ([x[i] for i in on] for x in (rows, positions, ran, took))
+                state, answer, log_stay = state[on], answer[on], log_stay[on]
+
+        # One loop for every row
+        state = net.decode(state, kept, rows, ran, positions)
+        ran = [n + 1 for n in ran]
+
+        # Whose answer stands, and who leaves
+        logits = None
+        if exit.never():
+            enough = [n == loops for n in ran]
+        else:
+            if exit.rule == "gate":
+                log_stay = log_stay + F.logsigmoid(-net.gate(state))
+                score = -torch.expm1(log_stay)  # R
+            else:
+                logits = net.logits(state)  # R V
+                score = logits.softmax(-1).amax(-1)  # R
+            enough = [e or n == loops for e, n in zip((score >= exit.threshold).tolist(), ran, strict=True)]
+        if chosen := [i for i, e in enumerate(enough) if e and not took[i]]:
+            answer[chosen] = net.logits(state[chosen]) if logits is None else logits[chosen]
+            for i in chosen:
+                took[i] = ran[i]
+        left = [i for i in range(len(rows)) if (ran[i] == loops if cache == "full" else took[i])]
+        if cache == "copy" and (short := [i for i in left if ran[i] < loops]):
+            kept.fill(*([x[i] for i in short] for x in (rows, ran, positions)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Continue prompts. A token that leaves after loop l has run l loops; prompts run at full depth."""
+
+    folder: Annotated[Path, tyro.conf.Positional]  # checkpoint folder, of this program or of Hugging Face
+    prompt: tuple[str, ...]  # text to continue; several are continued side by side
+    chat: bool = False  # each prompt is a user's turn, in ChatML
+    max_tokens: int = 200  # most new tokens
+    temperature: float = 0.0  # of the draw (0: the likeliest token)
+    top_p: float = 1.0  # draw among the likeliest tokens that hold this share together
+    exit_threshold: float | None = None  # leave when the gate's cumulative probability reaches it (none: checkpoint's)
+    exit: str | None = None  # another rule: confidence:0.9 leaves when a token is that probable
+    loops: int | None = None  # the most loops for a token (none: the checkpoint's)
+    cache: CacheRule = "copy"  # deeper slots of a token that left: its last loop's; one slot; or all loops run
+    show_loops: bool = False  # colour each token by the loops it took
+    seed: int = 0  # of the draws
+    device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
+    dtype: Precision = "auto"  # of weights and cache (auto: as stored)
+
+    def check(self) -> None:
+        """Raise UserError for a value outside its range."""
+        if self.max_tokens < 1:
+            raise UserError(f"--max-tokens {self.max_tokens} is below 1: give a positive number")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature {self.temperature} is out of its range: give a number from 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top-p {self.top_p} is out of its range: give a share above 0, at most 1")
+        check_loops(self.loops)
+
+
+def check_loops(loops: int | None) -> None:
+    if loops is not None and loops < 1:
+        raise UserError(f"--loops {loops} is below 1: give a positive number")
+
+
+def load(folder: Path, device: torch.device, dtype: Precision) -> tuple[LoopedTransformer, Tokenizer]:
+    """The model and its tokenizer. Raises UserError for a folder that lacks one, or if they don't fit."""
+    net = model.load(folder, device, None if dtype == "auto" else model.DTYPES[dtype])
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json: put the one that the checkpoint was trained with there")
+    tokenizer = data.load_tokenizer(str(folder / "tokenizer.json"))
+    data.check_vocabulary(tokenizer, folder)
+    return net.eval(), tokenizer
+
+
+def stop_ids(net: LoopedTransformer, tokenizer: Tokenizer) -> set[int]:
+    """End of text, by the configuration and by the tokenizer, and the end of a turn."""
+    eos = net.config.eos_token_id
+    found = {*eos} if isinstance(eos, tuple) else {eos}
+    return (found | {data.eos_id(tokenizer), tokenizer.token_to_id(data.IM_END)}) - {None}
+
+
+def exit_loops(exit: Exit, gate: Tensor, logits: Tensor) -> Tensor:
+    """Where tokens leave (from 0) when all their loops have run.    N L, N L V -> N"""
+    if exit.rule == "gate":
+        return model.exit_loop(gate, exit.threshold)
+    sure = logits[:, :-1].softmax(-1).amax(-1) >= exit.threshold  # N L-1
+    return (~sure).cumprod(-1).sum(-1)
+
+
+COLOURS = ("#4c9be8", "#2bb5a0", "#e0a82e", "#e4572e", "#b4558d", "#8f8f8f")  # of 1, 2, ... loops
+
+
+def shade(loops: int) -> Style:
+    return Style(color=COLOURS[min(loops, len(COLOURS)) - 1])
+
+
+def legend(loops: list[int]) -> Text:
+    """Each colour with its number of loops and the share of the tokens that took so many."""
+    parts = [(f"{n} {loops.count(n) / len(loops):.0%}", shade(n)) for n in range(1, max(loops) + 1)]
+    return Text("  ").join([Text("loops:"), *(Text(text, style) for text, style in parts)])
+
+
+def main() -> None:
+    config = tyro.cli(SampleConfig, description=__doc__)
+    config.check()
+    net, tokenizer = load(config.folder, pick_device(config.device), config.dtype)
+    exit = parse_exit(config.exit, config.exit_threshold, net.config.exit_threshold)
+    console = Console(highlight=False, soft_wrap=True)
+    if data.is_chain(tokenizer):
+        return show_chain(net, tokenizer, config, exit, console)
+    prompts = data.chat_prompts(tokenizer, list(config.prompt)) if config.chat else None
+    prompts = prompts or data.ids(tokenizer, list(config.prompt), special=True)
+    stops, streams = stop_ids(net, tokenizer), [DecodeStream(skip_special_tokens=True) for _ in prompts]
+    texts, taken, start = [Text() for _ in prompts], [], time.perf_counter()
+    for row, token, loops in generate(
+        net,
+        prompts,
+        max_tokens=config.max_tokens,
+        exit=exit,
+        loops=config.loops,
+        cache=config.cache,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seed=config.seed,
+        done=lambda row, text: text[-1] in stops,
+    ):
+        taken.append(loops)
+        piece = Text(streams[row].step(tokenizer, token) or "", shade(loops) if config.show_loops else "")
+        texts[row].append(piece)
+        if len(prompts) == 1:
+            console.print(piece, end="")
+    if len(prompts) == 1:
+        console.print()
+    for prompt, text in zip(config.prompt, texts, strict=True):
+        if len(prompts) > 1:
+            console.rule(Text(prompt.strip().split("\n")[0]), align="left")
+            console.print(text)
+    seconds = time.perf_counter() - start
+    if config.show_loops:
+        console.print(legend(taken))
+    note = f"{len(taken)} tokens, {sum(taken) / len(taken):.2f} loops on average, {len(taken) / seconds:.1f} tokens/s"
+    Console(stderr=True, highlight=False).print(note, style="dim")
+
+
+def show_chain(
+    net: LoopedTransformer, tokenizer: Tokenizer, config: SampleConfig, exit: Exit, console: Console
+) -> None:
+    """The built-in task has answers, not text to go on with: the value after each operand, and the loops it took."""
+    for prompt in config.prompt:
+        symbols = prompt.split()
+        ids = [tokenizer.token_to_id(symbol) for symbol in symbols]
+        if not ids or any((i is None) or (i < data.MODULUS) != (n % 2 == 0) for n, i in enumerate(ids)):
+            raise UserError(
+                f"--prompt {prompt!r} is not chain arithmetic, which {config.folder} was trained on: "
+                "give operands 0 to 4 and operators + - × between them, as in '3 + 4 × 2'"
+            )
+        with torch.no_grad():
+            out = net(torch.tensor([ids], device=net.embed_tokens.weight.device), loops=config.loops)
+            logits = net.logits(out.hidden[0, ::2])  # N L V
+        leave = exit_loops(exit, out.gate[0, ::2], logits)  # N
+        answers = logits[torch.arange(len(leave)), leave].argmax(-1).tolist()
+        taken = [loop + 1 for loop in leave.tolist()]
+        for n, (answer, loops) in enumerate(zip(answers, taken, strict=True)):
+            asked = " ".join(symbols[: 2 * n + 1])
+            line = f"{asked} = {answer}    {loops} loop{'s' * (loops > 1)}"
+            console.print(Text(line, shade(loops) if config.show_loops else ""))
+        if config.show_loops:
+            console.print(legend(taken))
+
+
+if __name__ == "__main__":
+    report(main)
