@@ -138,19 +138,22 @@ def summary(s: Scores, tokens: Tensor) -> dict:
 def results(scores: Mapping[str, Scores], *, device: torch.device, seed: int) -> dict:
     """What results.json holds. The buckets are those of the first model."""
     sets = buckets(next(iter(scores.values())))
+    models = {
+        name: {"buckets": {bucket: summary(s, tokens) for bucket, tokens in sets.items()}} for name, s in scores.items()
+    }
+    return {"models": models} | provenance(device) | {"seed": seed}
+
+
+def provenance(device: torch.device) -> dict:
+    """What made a result."""
     git = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "models": {
-            name: {"buckets": {bucket: summary(s, tokens) for bucket, tokens in sets.items()}}
-            for name, s in scores.items()
-        },
         "argv": sys.argv,
         "commit": git.stdout.strip() or None,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "seed": seed,
     }
 
 

@@ -144,26 +144,32 @@ class RMSNorm(nn.Module):
         return F.rms_norm(exact, x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
+def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of each token to itself and those before it.    B H T C, B K T C, B K T C -> B H T C"""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of one token in each row to the keys of that row.    B H 1 C, B K S C, B K S C -> B H 1 C"""
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.head_dim, self.grouped = c.head_dim, c.kv_heads != c.heads
+        self.head_dim = c.head_dim
         self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: Callable | None = None) -> Tensor:
-        """keep: takes the new keys and values, returns those to attend to and a mask (see Cache)."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable = causal) -> Tensor:
         q, k, v = (
             rearrange(proj(x), "b t (h c) -> b h t c", c=self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )  # B H T C, B K T C, B K T C
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        k, v, mask = keep(k, v) if keep else (k, v, None)
-        several = q.shape[2] > 1  # a single token sees everything
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=several, enable_gqa=self.grouped)  # B H T C
-        return self.o_proj(rearrange(out, "b h t c -> b t (h c)"))
+        return self.o_proj(rearrange(attend(q, k, v), "b h t c -> b t (h c)"))
 
 
 class MLP(nn.Module):
@@ -188,8 +194,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.width, c.rms_norm_eps)
         self.post_attention_layernorm_2 = RMSNorm(c.width, c.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, keep: Callable | None = None) -> Tensor:
-        x = x + self.input_layernorm_2(self.self_attn(self.input_layernorm(x), cos, sin, keep))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable = causal) -> Tensor:
+        x = x + self.input_layernorm_2(self.self_attn(self.input_layernorm(x), cos, sin, attend))
         return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -251,10 +257,13 @@ class LoopedTransformer(nn.Module):
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return rotary(positions, self.config.head_dim, self.config.rope_theta)
 
-    def loop(self, state: Tensor, cos: Tensor, sin: Tensor, keep: Callable | None = None) -> Tensor:
-        """Once through the stack and the final norm.    B T D, ... T C/2, ... T C/2 -> B T D"""
+    def loop(self, state: Tensor, cos: Tensor, sin: Tensor, attend: Callable | None = None) -> Tensor:
+        """Once through the stack and the final norm.    B T D, ... T C/2, ... T C/2 -> B T D
+
+        attend  the attention, told which layer it is in (default: causal)
+        """
         for i, layer in enumerate(self.layers):
-            state = layer(state, cos, sin, keep and partial(keep, i))
+            state = layer(state, cos, sin, partial(attend, i) if attend else causal)
         return self.norm(state)
 
     def decode(self, state: Tensor, cache: "Cache", rows: list[int], loops: list[int], positions: list[int]) -> Tensor:
@@ -299,6 +308,11 @@ def exit_loop(gate: Tensor, threshold: float) -> Tensor:
 # The cache of generation
 
 
+def copying_is_cheap(device: torch.device) -> bool:
+    """Cheaper than a kernel for each row; on a CPU, copying what a row has cached costs more than attending to it."""
+    return device.type == "cuda"
+
+
 class Cache:
     """Keys and values of the tokens so far, preallocated: a slot for each loop of each layer.
 
@@ -313,35 +327,36 @@ class Cache:
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
     def prompt(self, loop: int) -> Callable:
-        """Keeps one loop over the prompts of all rows, from position 0 on; tokens attend among themselves."""
+        """The attention of one loop over the prompts of all rows, from position 0 on, which the cache keeps."""
 
-        def keep(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, None]:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for kept, new in (self.keys, k), (self.values, v):
                 kept[layer, min(loop, self.slots - 1), :, :, : new.shape[2]] = new
-            return k, v, None
+            return causal(q, k, v)
 
-        return keep
+        return attend
 
     def step(self, rows: list[int], loops: list[int], positions: list[int]) -> Callable:
-        """Keeps one token of each of these rows, at its own loop and position; it attends to its row up to there."""
-        slots, length, device = [min(loop, self.slots - 1) for loop in loops], max(positions) + 1, self.keys.device
-        together = len({*slots}) == 1 and len(rows) == self.rows  # then nothing need be gathered
-        at = [torch.tensor(x, device=device) for x in (slots, rows, positions)]
-        mask = None
-        if min(positions) + 1 < length:
-            mask = rearrange(torch.arange(length, device=device) <= at[2][:, None], "r s -> r 1 1 s")
+        """The attention of one more token in each of these rows, at its own loop and position; the cache keeps it."""
+        device, length = self.keys.device, max(positions) + 1
+        slots = [min(loop, self.slots - 1) for loop in loops]
+        slot, row, position = (torch.tensor(x, device=device) for x in (slots, rows, positions))  # R, R, R
+        level = min(positions) + 1 == length
+        mask = None if level else rearrange(torch.arange(length, device=device) <= position[:, None], "r s -> r 1 1 s")
 
-        def keep(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            seen = []
-            for kept, new in (self.keys[layer], k), (self.values[layer], v):  # L B K S C, R K 1 C
-                if together and mask is None:
-                    kept[slots[0], :, :, length - 1] = new[:, :, 0]
-                else:
-                    kept[at[0], at[1], :, at[2]] = new[:, :, 0]
-                seen.append(kept[slots[0], :, :, :length] if together else kept[at[0], at[1], :, :length])  # R K S C
-            return *seen, mask
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]  # L B K S C
+            keys[slot, row, :, position], values[slot, row, :, position] = k[:, :, 0], v[:, :, 0]
+            if len({*slots}) == 1 and len(rows) == self.rows:
+                return attention(q, keys[slots[0], :, :, :length], values[slots[0], :, :, :length], mask)
+            if copying_is_cheap(device):
+                return attention(q, keys[slot, row, :, :length], values[slot, row, :, :length], mask)
+            seen = [
+                (s, slice(b, b + 1), slice(None), slice(p + 1)) for s, b, p in zip(slots, rows, positions, strict=True)
+            ]
+            return torch.cat([attention(q[i : i + 1], keys[at], values[at]) for i, at in enumerate(seen)])
 
-        return keep
+        return attend
 
     def fill(self, rows: list[int], loops: list[int], positions: list[int]) -> None:
         """Tokens that left after `loops` loops: the deeper slots get the last one's keys and values."""

@@ -87,8 +87,10 @@ def draw(logits: Tensor, numbers: list[float], *, temperature: float, top_p: flo
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True, stable=True)  # R V
-    upto = p.cumsum(-1)
+    p = (logits / temperature).softmax(-1)  # R V
+    all_of_them = torch.arange(p.shape[-1], device=p.device).expand_as(p)
+    order = p.argsort(dim=-1, descending=True, stable=True) if top_p < 1 else all_of_them  # R V
+    upto = p.gather(-1, order).cumsum(-1)  # R V
     mass = upto.gather(-1, (upto < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1))  # R 1
     where = torch.tensor(numbers, device=p.device, dtype=p.dtype)[:, None] * mass
     return order.gather(-1, (upto < where).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)).squeeze(-1).tolist()
@@ -317,7 +319,7 @@ def show_chain(
     for prompt in config.prompt:
         symbols = prompt.split()
         ids = [tokenizer.token_to_id(symbol) for symbol in symbols]
-        if not ids or any((i is None) or (i < data.MODULUS) != (n % 2 == 0) for n, i in enumerate(ids)):
+        if len(ids) % 2 == 0 or any((i is None) or (i < data.MODULUS) != (n % 2 == 0) for n, i in enumerate(ids)):
             raise UserError(
                 f"--prompt {prompt!r} is not chain arithmetic, which {config.folder} was trained on: "
                 "give operands 0 to 4 and operators + - × between them, as in '3 + 4 × 2'"

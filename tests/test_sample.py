@@ -1,0 +1,394 @@
+"""Generation: the cache against the full forward pass, exits against a slow reading, and the command line."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from einops import rearrange
+from torch.testing import assert_close
+
+import data
+import model
+import sample
+from model import Cache, LoopedTransformer, ModelConfig, UserError
+from sample import Exit, generate
+
+SHAPE = ModelConfig(layers=2, loops=4, width=16, heads=4, kv_heads=2, vocab_size=13, init_std=0.3)
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2], [3, 3]]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def net():
+    """Random weights whose gate is unsure, so that tokens leave after every loop."""
+    generator = torch.Generator().manual_seed(0)
+    net = LoopedTransformer(SHAPE, generator=generator).double()
+    torch.nn.init.normal_(net.early_exit_gate.weight, generator=generator)
+    return net
+
+
+def collect(tokens, rows=4):
+    found = [[] for _ in range(rows)]
+    for row, token, loops in tokens:
+        found[row].append((token, loops))
+    return found
+
+
+@pytest.fixture(params=[False, True], ids=["row by row", "gathered"])
+def copying(request, monkeypatch):
+    """Rows at different loops, as a CPU and as a GPU attend to them."""
+    monkeypatch.setattr(model, "copying_is_cheap", lambda device: request.param)
+
+
+# The cache against the full forward pass
+
+
+@pytest.mark.parametrize("prefix", range(1, 7))
+@pytest.mark.parametrize("loops", [1, 4, 6])
+def test_cached_decoding_equals_the_full_forward_pass(net, prefix, loops):
+    """Every loop's state, for every prefix, in batches whose rows start at different places and are padded."""
+    ids = torch.randint(13, (3, 12), generator=torch.Generator().manual_seed(1))
+    starts = [prefix, prefix + 2, prefix + 5]
+    whole = net(ids, loops=loops).hidden  # B T L D
+    cache = Cache(net.config, 3, 12, slots=loops, device=CPU, dtype=torch.float64)
+    padded = ids[:, : max(starts)].clone()
+    for b, start in enumerate(starts):
+        padded[b, start:] = 0  # padding, which must not be seen
+    net(padded, loops=loops, cache=cache)
+    for step in range(12 - max(starts)):
+        positions = [start + step for start in starts]
+        state = net.embed_tokens(ids[range(3), positions])
+        for loop in range(loops):
+            state = net.decode(state, cache, [0, 1, 2], [loop] * 3, positions)
+            assert_close(state, whole[range(3), positions, loop], rtol=1e-10, atol=1e-10)
+
+
+def test_rows_at_different_loops_share_a_pass(net, copying):
+    """Row 0 runs its loops one tick behind row 1: the cache keeps them apart."""
+    ids = torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(2))
+    whole = net(ids).hidden
+    cache = Cache(net.config, 2, 6, slots=4, device=CPU, dtype=torch.float64)
+    net(ids[:, :4], cache=cache)
+    state = net.embed_tokens(ids[:, 4])
+    state[1:] = net.decode(state[1:], cache, [1], [0], [4])
+    assert_close(state[1], whole[1, 4, 0])
+    for loop in range(3):
+        state = net.decode(state, cache, [0, 1], [loop, loop + 1], [4, 4])
+        assert_close(state[0], whole[0, 4, loop])
+        assert_close(state[1], whole[1, 4, loop + 1])
+
+
+def test_full_depth_generation_is_greedy_decoding_of_the_full_forward_pass(net):
+    expected = []
+    for prompt in PROMPTS:
+        text = list(prompt)
+        for _ in range(10):
+            text.append(net.logits(net(torch.tensor([text])).hidden[0, -1, -1]).argmax().item())
+        expected.append([(token, 4) for token in text[len(prompt) :]])
+    for cache in ("full", "copy"):
+        assert collect(generate(net, PROMPTS, max_tokens=10, cache=cache)) == expected
+
+
+# A slow reading of the rules: one row, one token, one loop at a time; keys and values in a dictionary
+
+
+def slow_generate(net, prompt, *, max_tokens, exit, cache, loops):
+    """Tokens and loops of one row. kept[loop, layer] lists the keys and values of each position."""
+    c, kept = net.config, {}
+
+    def one_loop(state, loop, position):
+        cos, sin = model.rotary(torch.tensor([position]), c.head_dim, c.rope_theta)
+        for i, layer in enumerate(net.layers):
+            attention, x = layer.self_attn, layer.input_layernorm(state)
+            q, k, v = (
+                rearrange(proj(x), "(h c) -> h 1 c", c=c.head_dim)
+                for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            q, k = model.rotate(q, cos, sin), model.rotate(k, cos, sin)
+            own = kept.setdefault((loop, i), {})
+            if cache == "last":
+                before = kept.setdefault(("shared", i), {}) if position >= len(prompt) else own
+            else:
+                before = own
+            own[position] = k, v
+            seen = [before[p] for p in range(position)] + [(k, v)]
+            keys, values = (
+                torch.cat(x, 1).repeat_interleave(c.heads // c.kv_heads, 0) for x in zip(*seen, strict=True)
+            )
+            weights = (q @ keys.mT / c.head_dim**0.5).softmax(-1)
+            out = attention.o_proj(rearrange(weights @ values, "h 1 c -> (h c)"))
+            state = state + layer.input_layernorm_2(out)
+            state = state + layer.post_attention_layernorm_2(layer.mlp(layer.post_attention_layernorm(state)))
+        return net.norm(state)
+
+    def leaves(states):
+        if exit.rule == "confidence":
+            return net.logits(states[-1]).softmax(-1).max() >= exit.threshold
+        stay = 1.0
+        for state in states:
+            stay = stay * (1 - torch.sigmoid(net.early_exit_gate(state)).item())
+        return exit.threshold < 1 and 1 - stay >= exit.threshold
+
+    def finish(ran, position):
+        """What the slots hold once a token has left."""
+        for i in range(c.layers):
+            last = kept[ran - 1, i][position]
+            kept.setdefault(("shared", i), {})[position] = last
+            for loop in range(ran, loops):
+                kept[loop, i][position] = last
+
+    for position, token in enumerate(prompt):
+        state = net.embed_tokens.weight[token]
+        for loop in range(loops):
+            state = one_loop(state, loop, position)
+        finish(loops, position)
+    found = [(net.logits(state).argmax().item(), loops)]
+    for position in range(len(prompt), len(prompt) + max_tokens - 1):
+        state, states, answer = net.embed_tokens.weight[found[-1][0]], [], None
+        for loop in range(loops):
+            state = one_loop(state, loop, position)
+            states.append(state)
+            if answer is None and (leaves(states) or loop == loops - 1):
+                answer = net.logits(state).argmax().item(), loop + 1
+            if answer and cache != "full":
+                break
+        finish(len(states), position)
+        found.append(answer)
+    return found
+
+
+@pytest.mark.parametrize("loops", [2, 4])
+@pytest.mark.parametrize("cache", ["copy", "last", "full"])
+@pytest.mark.parametrize("exit", [Exit("gate", 0.3), Exit("gate", 0.8), Exit("gate", 1.0), Exit("confidence", 0.3)])
+def test_text_and_loops_equal_a_slow_reading(net, copying, exit, cache, loops):
+    """Of each row alone; together they run at different loops, and end at different times."""
+    lengths = [9, 3, 12, 6]
+
+    def done(row, text):
+        return len(text) == lengths[row]
+
+    how = {"exit": exit, "cache": cache, "loops": loops}
+    found = collect(generate(net, PROMPTS, max_tokens=12, done=done, **how))
+    with torch.no_grad():
+        for row, prompt in enumerate(PROMPTS):
+            assert found[row] == slow_generate(net, prompt, max_tokens=lengths[row], **how)
+    if exit.threshold < 1:
+        assert {loops for row in found for _, loops in row} > {loops}, "some tokens leave early"
+
+
+def test_the_slow_reading_can_tell_the_caches_apart(net):
+    """A check of the check: the three rules give three texts."""
+    with torch.no_grad():
+        how = {"max_tokens": 12, "exit": Exit("gate", 0.3), "loops": 4}
+        texts = [[slow_generate(net, p, cache=cache, **how) for p in PROMPTS] for cache in ("copy", "last", "full")]
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+
+
+def test_a_token_that_leaves_after_a_loop_has_run_just_that_many(net, monkeypatch):
+    ran, decode = [], LoopedTransformer.decode
+
+    def counting(net, state, cache, rows, loops, positions):
+        ran.extend(zip(rows, positions, strict=True))
+        return decode(net, state, cache, rows, loops, positions)
+
+    monkeypatch.setattr(LoopedTransformer, "decode", counting)
+    found = collect(generate(net, PROMPTS, max_tokens=12, exit=Exit("gate", 0.3)))
+    for row, prompt in enumerate(PROMPTS):
+        # the first token is the prompt's, and the last one is never fed
+        assert [loops for _, loops in found[row]][1:] == [ran.count((row, len(prompt) + i)) for i in range(11)]
+    assert len(ran) == sum(loops for row in found for _, loops in row[1:])
+
+
+def test_one_slot_is_a_quarter_of_the_memory():
+    full, shared = (Cache(SHAPE.resolved(), 2, 8, slots=s, device=CPU, dtype=torch.float32) for s in (4, 1))
+    assert full.keys.numel() == 4 * shared.keys.numel() == 2 * 4 * 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("exit", [Exit("gate", 0.0), Exit("gate", 0.5), Exit("gate", 1.0), Exit("confidence", 0.4)])
+def test_leaving_in_hindsight_and_on_the_way_agree(net, exit):
+    """`exit_loops` on all loops chooses what decoding with an exact cache chooses."""
+    found = collect(generate(net, PROMPTS, max_tokens=12, exit=exit, cache="full"))
+    for prompt, row in zip(PROMPTS, found, strict=True):
+        out = net(torch.tensor([prompt + [token for token, _ in row]]))
+        leave = sample.exit_loops(exit, out.gate[0], net.logits(out.hidden[0])) + 1
+        assert leave[len(prompt) : -1].tolist() == [loops for _, loops in row][1:]
+
+
+def test_a_saturated_gate_leaves_early_at_no_threshold_of_one(net):
+    torch.nn.init.constant_(net.early_exit_gate.bias, 50.0)
+    for threshold, expected in ((1.0, 4), (0.999, 1)):
+        found = collect(generate(net, PROMPTS, max_tokens=4, exit=Exit("gate", threshold)))
+        assert {loops for row in found for _, loops in row[1:]} == {expected}
+
+
+def test_text_ends_at_the_last_position(net):
+    net.config = replace(net.config, max_positions=9)
+    found = collect(generate(net, PROMPTS, max_tokens=50))
+    assert [len(row) + len(prompt) for row, prompt in zip(found, PROMPTS, strict=True)] == [10] * 4
+    assert len(collect(generate(net, [[1] * 9], max_tokens=50))[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "the prompt is empty"), ([1] * 10, "the prompt has 10 tokens, the model 9 positions: give a shorter one")],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused(net, prompt, message):
+    net.config = replace(net.config, max_positions=9)
+    with pytest.raises(UserError, match=message):
+        list(generate(net, [[1], prompt], max_tokens=5))
+
+
+# The draw
+
+
+def test_draws_follow_the_tempered_distribution_within_top_p():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, 4).double()
+    numbers = torch.rand(20_000, generator=torch.Generator().manual_seed(0)).tolist()
+    p = (logits[0] / 0.7).softmax(-1)
+    found = torch.tensor(sample.draw(logits, numbers, temperature=0.7, top_p=1.0)).bincount(minlength=4) / 20_000
+    assert_close(found.double(), p, rtol=0, atol=0.01)
+    kept = p * torch.tensor([1, 1, 0, 0])
+    top_p = (p[0] + 0.5 * p[1]).item()  # the second token is needed to reach it
+    found = torch.tensor(sample.draw(logits, numbers, temperature=0.7, top_p=top_p)).bincount(minlength=4) / 20_000
+    assert_close(found.double(), kept / kept.sum(), rtol=0, atol=0.01)
+
+
+def test_a_rows_text_depends_on_its_seed_and_not_on_its_company(net):
+    how = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9, "exit": Exit("gate", 0.5)}
+    together, again = (collect(generate(net, PROMPTS, seed=3, **how)) for _ in range(2))
+    assert together == again
+    assert together[:1] == collect(generate(net, PROMPTS[:1], seed=3, **how), 1)
+    assert together != collect(generate(net, PROMPTS, seed=4, **how))
+
+
+# The command line
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of a byte-level model with random weights."""
+    shape = replace(SHAPE, vocab_size=259, max_positions=64, exit_threshold=0.5)
+    net = LoopedTransformer(shape, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(net.early_exit_gate.weight, generator=torch.Generator().manual_seed(1))
+    model.save(net, tmp_path / "a", data.byte_tokenizer(), dtype=torch.bfloat16)
+    return tmp_path / "a"
+
+
+def call(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
+    model.report(sample.main)
+
+
+def test_text_is_shown_with_its_loops(folder, monkeypatch, capsys):
+    call(monkeypatch, folder, "--prompt", "ab", "--max-tokens", 20, "--show-loops")
+    shown = capsys.readouterr()
+    assert "loops:  1 " in shown.out
+    assert "loops on average" in shown.err
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    call(monkeypatch, folder, "--prompt", "ab", "--max-tokens", 20, "--show-loops")
+    assert capsys.readouterr().out.count("\x1b[") > 8, "tokens are coloured"
+
+
+def test_several_prompts_and_every_flag(folder, monkeypatch, capsys):
+    flags = "--chat --temperature 0.8 --top-p 0.95 --exit confidence:0.1 --loops 3 --cache last --seed 2 --dtype fp32"
+    call(monkeypatch, folder, "--prompt", "one", "two", *flags.split(), "--max-tokens", 5, "--device", "cpu")
+    shown = capsys.readouterr().out
+    assert shown.index("one") < shown.index("two")
+
+
+def test_chat_wraps_the_prompt_and_text_may_spell_special_tokens(folder, monkeypatch):
+    seen = []
+
+    def note(net, prompts, **how):
+        seen.extend(prompts)
+        yield sample.Token(0, 70, 1)
+
+    monkeypatch.setattr(sample, "generate", note)
+    call(monkeypatch, folder, "--prompt", "hi", "--chat")
+    call(monkeypatch, folder, "--prompt", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert seen[0] == seen[1]
+    assert seen[0][:2] == [1, 3 + ord("u")]
+
+
+def test_text_stops_at_the_end_of_text_and_of_a_turn(folder, monkeypatch):
+    net, tokenizer = sample.load(folder, CPU, "auto")
+    assert sample.stop_ids(net, tokenizer) == {0, 2}
+    net.config = replace(net.config, eos_token_id=(5, 7))
+    assert sample.stop_ids(net, tokenizer) == {0, 2, 5, 7}
+    ends = []
+
+    def note(net, prompts, done, **how):
+        ends.extend(done(0, [9, token]) for token in (0, 1, 2))
+        yield sample.Token(0, 70, 1)
+
+    monkeypatch.setattr(sample, "generate", note)
+    call(monkeypatch, folder, "--prompt", "hi")
+    assert ends == [True, False, True]
+
+
+def test_the_threshold_of_the_checkpoint_is_the_default(folder, monkeypatch):
+    seen = []
+
+    def note(net, prompts, exit, **how):
+        seen.append(exit)
+        yield sample.Token(0, 70, 1)
+
+    monkeypatch.setattr(sample, "generate", note)
+    for flags in ([], ["--exit-threshold", 1], ["--exit", "confidence:0.9"], ["--exit", "gate:0.2"]):
+        call(monkeypatch, folder, "--prompt", "hi", *flags)
+    assert seen == [Exit("gate", 0.5), Exit("gate", 1.0), Exit("confidence", 0.9), Exit("gate", 0.2)]
+
+
+def test_chain_arithmetic_is_answered_at_each_operand(tmp_path, monkeypatch, capsys):
+    net = LoopedTransformer(replace(SHAPE, vocab_size=8), generator=torch.Generator().manual_seed(0))
+    model.save(net, tmp_path / "a", data.chain_tokenizer())
+    call(monkeypatch, tmp_path / "a", "--prompt", "3 + 4 × 2", "--show-loops", "--exit-threshold", 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(" = ")[0] for line in lines[:3]] == ["3", "3 + 4", "3 + 4 × 2"]
+    assert all(line.endswith("1 loop") for line in lines[:3])
+    for prompt in ("3 +", "3 4", "9 + 1", "+", "3 + x"):
+        assert "is not chain arithmetic" in refused(monkeypatch, tmp_path / "a", "--prompt", prompt)
+
+
+def refused(monkeypatch, *args):
+    with pytest.raises(SystemExit) as error:
+        call(monkeypatch, *args)
+    message = str(error.value.code)
+    assert message.startswith("error: "), f"not refused in a sentence: {message}"
+    return message.removeprefix("error: ")
+
+
+REFUSALS = """--prompt a --exit-threshold 1.5 | --exit-threshold 1.5 is outside 0..1: give a threshold from 0
+--prompt a --exit-threshold nan | --exit-threshold nan is outside 0..1
+--prompt a --exit confidence:-0.1 | --exit confidence:-0.1 is outside 0..1
+--prompt a --exit surprise:0.5 | --exit surprise:0.5 is not a rule and its threshold: give gate:0.9 or confidence:0.9
+--prompt a --exit confidence | --exit confidence is not a rule and its threshold
+--prompt a --exit gate:0.5 --exit-threshold 0.5 | --exit gate:0.5 and --exit-threshold 0.5 are two rules
+--prompt a --loops 0 | --loops 0 is below 1
+--prompt a --max-tokens 0 | --max-tokens 0 is below 1
+--prompt a --temperature -1 | --temperature -1.0 is out of its range
+--prompt a --top-p 0 | --top-p 0.0 is out of its range
+--prompt= | the prompt is empty
+--prompt a --device tpu | --device tpu is not a device"""
+
+
+@pytest.mark.parametrize("case", REFUSALS.splitlines(), ids=lambda c: c.partition(" |")[0])
+def test_a_mistake_is_refused_in_a_sentence(folder, monkeypatch, case):
+    flags, _, message = case.partition(" | ")
+    assert refused(monkeypatch, folder, *flags.split()).startswith(message)
+
+
+def test_a_folder_that_cannot_speak_is_refused(folder, tmp_path, monkeypatch):
+    assert refused(monkeypatch, folder, "--prompt", "a" * 65).startswith("the prompt has 65 tokens, the model 64")
+    assert "is not there" in refused(monkeypatch, tmp_path / "none", "--prompt", "a")
+    config = json.loads((folder / "config.json").read_text())
+    model.save(LoopedTransformer(replace(SHAPE, vocab_size=100)), tmp_path / "small", data.byte_tokenizer())
+    assert "has a vocabulary of 100, the tokenizer one of 259" in refused(
+        monkeypatch, tmp_path / "small", "--prompt", "a"
+    )
+    (folder / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in refused(monkeypatch, folder, "--prompt", "a")
+    assert config["early_exit_threshold"] == 0.5
