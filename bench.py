@@ -21,8 +21,8 @@ import data
 import eval
 import model
 import sample
-from model import LoopedTransformer, ModelConfig, UserError, pick_device, report
-from sample import CacheRule, Exit, Precision, generate
+from model import LoopedTransformer, ModelConfig, Precision, UserError, pick_device, report
+from sample import CacheRule, Exit, generate
 
 console = Console()
 OURO = {"width": 2048, "heads": 16, "ffn": 5632, "vocab_size": 49152}

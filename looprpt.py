@@ -48,8 +48,19 @@ import data
 import eval
 import model
 from data import Batch, DataConfig
-from eval import Precision, autocast, console, counted, make_folder
-from model import DTYPES, DType, LoopedTransformer, ModelConfig, UserError, exit_logpdf, exit_loop, pick_device, report
+from eval import autocast, console, counted, make_folder
+from model import (
+    DTYPES,
+    DType,
+    LoopedTransformer,
+    ModelConfig,
+    Precision,
+    UserError,
+    exit_logpdf,
+    exit_loop,
+    pick_device,
+    report,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration: each comment is the flag's help
@@ -119,7 +130,7 @@ class Config:
     out: Path | None = None  # folder of the run (none: out, or with --init out/NAME-STAGES)
     seed: int = 0  # of the weights, the rows and the noise
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
-    precision: Precision = "auto"  # of the matrix products (auto: bfloat16 on a GPU, float32 on a CPU)
+    precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
     save_dtype: DType = "fp32"  # of the weights in the saved checkpoints; training keeps float32
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -414,6 +414,7 @@ BESIDE = """tokenizer.json tokenizer_config.json special_tokens_map.json added_t
     chat_template.jinja generation_config.json""".split()  # what else a folder holds, copied as it is
 
 DType = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -24,10 +24,9 @@ from torch import Tensor
 
 import data
 import model
-from model import Cache, LoopedTransformer, UserError, pick_device, report
+from model import Cache, LoopedTransformer, Precision, UserError, pick_device, report
 
 CacheRule = Literal["copy", "last", "full"]
-Precision = Literal["auto", "bf16", "fp32"]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Where to leave
@@ -68,6 +67,18 @@ def parse_exit(exit: str | None, threshold: float | None, default: float) -> Exi
             f"{flag} {exit or value} is outside 0..1: give a threshold from 0 (first loop) to 1 (all loops)"
         )
     return Exit(rule, value)
+
+
+def at_exit(net: LoopedTransformer, exit: Exit, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits where each token leaves, and that loop (from 1), when all loops have run.    N L D, N L -> N V, N"""
+    every = torch.arange(len(hidden), device=hidden.device)
+    if exit.rule == "gate":
+        leave = model.exit_loop(gate, exit.threshold)  # N
+        return net.logits(hidden[every, leave]), leave + 1
+    logits = net.logits(hidden)  # N L V
+    unsure = logits[:, :-1].softmax(-1).amax(-1) < exit.threshold  # N L-1
+    leave = unsure.cumprod(-1).sum(-1)  # N
+    return logits[every, leave], leave + 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,14 +260,6 @@ def stop_ids(net: LoopedTransformer, tokenizer: Tokenizer) -> set[int]:
     return (found | {data.eos_id(tokenizer), tokenizer.token_to_id(data.IM_END)}) - {None}
 
 
-def exit_loops(exit: Exit, gate: Tensor, logits: Tensor) -> Tensor:
-    """Where tokens leave (from 0) when all their loops have run.    N L, N L V -> N"""
-    if exit.rule == "gate":
-        return model.exit_loop(gate, exit.threshold)
-    sure = logits[:, :-1].softmax(-1).amax(-1) >= exit.threshold  # N L-1
-    return (~sure).cumprod(-1).sum(-1)
-
-
 COLOURS = ("#4c9be8", "#2bb5a0", "#e0a82e", "#e4572e", "#b4558d", "#8f8f8f")  # of 1, 2, ... loops
 
 
@@ -326,10 +329,8 @@ def show_chain(
             )
         with torch.no_grad():
             out = net(torch.tensor([ids], device=net.embed_tokens.weight.device), loops=config.loops)
-            logits = net.logits(out.hidden[0, ::2])  # N L V
-        leave = exit_loops(exit, out.gate[0, ::2], logits)  # N
-        answers = logits[torch.arange(len(leave)), leave].argmax(-1).tolist()
-        taken = [loop + 1 for loop in leave.tolist()]
+            logits, taken = at_exit(net, exit, out.hidden[0, ::2], out.gate[0, ::2])  # N V, N
+        answers, taken = logits.argmax(-1).tolist(), taken.tolist()
         for n, (answer, loops) in enumerate(zip(answers, taken, strict=True)):
             asked = " ".join(symbols[: 2 * n + 1])
             line = f"{asked} = {answer}    {loops} loop{'s' * (loops > 1)}"

@@ -154,7 +154,7 @@ def test_fewer_loops_may_be_asked_of_a_checkpoint_but_no_other_shape(run, tmp_pa
     [
         "--rpt.estimator sampled --rpt.rollouts 8",
         "--rpt.reward rollout --rpt.kl full",
-        "--precision bfloat16",
+        "--precision bf16",
         "--model.layers 2 --model.kv-heads 2 --model.loops 2",
     ],
 )

@@ -208,12 +208,13 @@ def test_one_slot_is_a_quarter_of_the_memory():
 
 @pytest.mark.parametrize("exit", [Exit("gate", 0.0), Exit("gate", 0.5), Exit("gate", 1.0), Exit("confidence", 0.4)])
 def test_leaving_in_hindsight_and_on_the_way_agree(net, exit):
-    """`exit_loops` on all loops chooses what decoding with an exact cache chooses."""
+    """`at_exit` on all loops chooses what decoding with an exact cache chooses."""
     found = collect(generate(net, PROMPTS, max_tokens=12, exit=exit, cache="full"))
     for prompt, row in zip(PROMPTS, found, strict=True):
         out = net(torch.tensor([prompt + [token for token, _ in row]]))
-        leave = sample.exit_loops(exit, out.gate[0], net.logits(out.hidden[0])) + 1
+        logits, leave = sample.at_exit(net, exit, out.hidden[0], out.gate[0])
         assert leave[len(prompt) : -1].tolist() == [loops for _, loops in row][1:]
+        assert logits.argmax(-1)[len(prompt) : -1].tolist() == [token for token, _ in row][1:]
 
 
 def test_a_saturated_gate_leaves_early_at_no_threshold_of_one(net):
