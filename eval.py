@@ -221,6 +221,8 @@ class HarnessConfig:
                 raise UserError(f"--{name.replace('_', '-')} {value} is below 1: give a positive number")
         if self.out and self.out.exists():
             raise UserError(f"--out {self.out} is there already: nothing saved is overwritten, give another name")
+        if self.include_path and not self.include_path.is_dir():
+            raise UserError(f"--include-path {self.include_path} is not a folder: give one that holds task files")
 
 
 def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, config: HarnessConfig):
@@ -359,15 +361,11 @@ def harness() -> None:
             f"--tasks {config.tasks}: no task is called {', '.join(unknown) or 'that'}; see lm-eval ls tasks"
         )
     lm = harness_model(net, tokenizer, exit, config)
-    found = lm_eval.simple_evaluate(
-        lm,
-        tasks=names,
-        num_fewshot=config.num_fewshot,
-        limit=config.limit,
-        task_manager=manager,
-        apply_chat_template=config.chat,
-        log_samples=False,
-    )["results"]
+    how = {"num_fewshot": config.num_fewshot, "limit": config.limit, "apply_chat_template": config.chat}
+    try:
+        found = lm_eval.simple_evaluate(lm, tasks=names, task_manager=manager, log_samples=False, **how)["results"]
+    except OSError as error:  # the base of what the datasets package raises
+        raise UserError(f"--tasks {config.tasks}: a task's data can't be had ({error})") from error
     table = Table(
         title=f"{config.folder}, exit {exit.rule}:{exit.threshold:g}", title_justify="left", box=box.SIMPLE_HEAD
     )

@@ -479,6 +479,7 @@ def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -
     for names, file in zip(shards, files, strict=True):
         part = {name: weights[name].to("cpu", dtype).contiguous() for name in names}
         save_file(part, folder / file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / file)  # it is written for its owner alone
     if not one:
         total = sum(w.numel() for w in weights.values()) * dtype.itemsize
         where = {name: file for names, file in zip(shards, files, strict=True) for name in names}

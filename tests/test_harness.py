@@ -40,7 +40,9 @@ def folder(net, tmp_path_factory):
         "test_split": "test",
         "doc_to_text": "{{question}}",
     }
+    missing = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "none.jsonl")}}}
     for name, task in {
+        "missing": missing | {"output_type": "generate_until", "doc_to_target": "gold"},
         "choose": {
             "output_type": "multiple_choice",
             "doc_to_choice": "choices",
@@ -202,6 +204,8 @@ def test_mistakes_are_refused_in_a_sentence(folder, tmp_path, monkeypatch):
         ([folder / "a", "--tasks", "no_such_task"], "no task is called no_such_task"),
         ([folder / "a", "--tasks", ","], "--tasks ,: no task is called that"),
         ([folder / "a", *tasks, "--batch", 0], "--batch 0 is below 1"),
+        ([folder / "a", *tasks[:3], folder / "none"], "none is not a folder: give one that holds task files"),
+        ([folder / "a", "--tasks", "our_missing", *tasks[2:]], "--tasks our_missing: a task's data can't be had"),
         ([folder / "a", *tasks, "--exit-threshold", 2], "--exit-threshold 2.0 is outside 0..1"),
         ([folder / "none", *tasks], "is not a checkpoint folder"),
         ([tmp_path / "chain", *tasks], "was not trained on text"),

@@ -119,6 +119,7 @@ def test_a_saved_checkpoint_loads_bit_for_bit_under_ouros_names(tmp_path, ids, t
     found = {p.name for p in (tmp_path / "a").iterdir()}
     assert found == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert not [p for p in tmp_path.iterdir() if p.name != "a"], "no temporary folder stays behind"
+    assert len({p.stat().st_mode for p in (tmp_path / "a").iterdir()}) == 1, "who may read one file may read all"
 
 
 def test_config_json_has_every_key_that_the_published_one_has(tmp_path):
