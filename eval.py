@@ -78,8 +78,14 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
 
 
 def counted(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, without the columns after the last token that counts: nothing reads them."""
-    length = int(batch.mask.any(0).nonzero().max()) + 1 if batch.mask.any() else 0
+    """The batch on a device, without the columns after the last token that counts: nothing reads them.
+
+    A batch in which nothing counts becomes a single token that doesn't: other processes may wait for this one's passes.
+    """
+    if not batch.mask.any():
+        idle = torch.zeros(1, 1, dtype=torch.long, device=device)
+        return Batch(idle, idle, idle.bool())
+    length = int(batch.mask.any(0).nonzero().max()) + 1
     return Batch(*(part[:, :length].to(device) for part in batch))
 
 

@@ -24,16 +24,25 @@ tokens of a batch. Loops are counted from 0 in the code and from 1 in all that a
 """
 
 import copy
+import hashlib
+import importlib.metadata
 import json
 import math
 import os
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, TextIO
+from typing import Literal, NamedTuple, TextIO, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -41,8 +50,12 @@ import torch.nn.functional as F
 import tyro
 from einops import rearrange, repeat
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import data
 import eval
@@ -74,6 +87,11 @@ class TrainConfig:
     micro_batch: int = 0  # rows in one forward pass of a process (0: all its rows)
     clip: float = 1.0  # largest norm of the gradient
     warmup: float = 0.03  # share of the steps in which the learning rate rises; then it falls along a cosine
+    checkpoint: bool = False  # keep no layer's inside for the backward pass, run it again: slower, in less memory
+    save_every: int = 500  # steps between saves of the whole run; it is saved at the end of a stage too
+    keep: int = 2  # the newest of these that stay
+    max_bad_steps: int = 10  # stop after so many steps in a row whose loss or gradient is not finite; they are skipped
+    timeout: int = 600  # seconds to wait for another process
 
 
 @dataclass(frozen=True)
@@ -128,10 +146,15 @@ class Config:
     objective: tuple[Stage, ...] = ("pretrain", "rpt")  # stages to run, in order
     init: Path | None = None  # checkpoint folder to start from (none: random weights)
     out: Path | None = None  # folder of the run (none: out, or with --init out/NAME-STAGES)
+    resume: bool = False  # go on with the run in that folder, with the flags it was started with
     seed: int = 0  # of the weights, the rows and the noise
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
-    save_dtype: DType = "fp32"  # of the weights in the saved checkpoints; training keeps float32
+    save_dtype: DType = "fp32"  # of the weights in the final checkpoints; training keeps float32
+    dist: Literal["auto", "ddp", "fsdp"] = (
+        "auto"  # each process a whole copy, or a shard of it (auto: as memory allows)
+    )
+    logger: Literal["none", "tensorboard", "wandb"] = "none"  # where the numbers go besides log.jsonl
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -167,6 +190,7 @@ class Config:
             )
         for rule, low, high, names in (
             ("1 or more", 1, math.inf, "train.batch pretrain.steps gate.steps rpt.steps rpt.rollouts"),
+            ("1 or more", 1, math.inf, "train.save_every train.keep train.max_bad_steps train.timeout"),
             ("0 or more", 0, math.inf, "train.micro_batch pretrain.beta pretrain.weight_decay rpt.weight_decay"),
             ("0 or more", 0, math.inf, "rpt.noise_std rpt.lambda_base rpt.lambda_scale"),
             ("0 or more", 0, math.inf, "rpt.pg_weight rpt.rep_weight rpt.ent_weight rpt.kl_weight"),
@@ -315,17 +339,29 @@ def mean_loop(logpi: Tensor) -> Tensor:
     return (logpi.exp() * torch.arange(1, logpi.shape[-1] + 1, device=logpi.device)).sum(-1)
 
 
+def exits_of(gate: Tensor, count: float) -> dict[str, Tensor]:
+    """What a log says of the exits: mean loop, entropy, and how much of the gate has left where a gradient lives.
+
+    N L -> three sums over the tokens, divided by a count
+    """
+    gate = gate.detach()
+    logpi = exit_logpdf(gate)
+    saturated = (gate[:, :-1].abs() > SATURATED).double().mean(-1)  # N
+    means = {"loops": mean_loop(logpi), "entropy": -(logpi.exp() * logpi).sum(-1), "saturation": saturated}
+    return {name: value.sum() / count for name, value in means.items()}
+
+
+SATURATED = 6.2  # a gate's logit beyond which its sigmoid rounds to 0 or 1 in bfloat16
+
+
 def pretrain_step(student: LoopedTransformer, batch: Batch, cfg: PretrainConfig, *, counts: Counts) -> Loss:
     """Stage I on every token that counts."""
     out = student(batch.inputs)
+    gate = out.gate[batch.mask]  # N L
     logp = logp_of(student.logits(out.hidden[batch.mask]), batch.targets[batch.mask])  # N L
-    logpi = exit_logpdf(out.gate[batch.mask])  # N L
-    loss = stage1_loss(logp, logpi, cfg.beta).sum() / counts.tokens
-    last = -logp[:, -1].sum() / counts.tokens
-    return Loss(
-        loss,
-        {"loss": loss.detach(), "last_ce": last.detach(), "loops": mean_loop(logpi.detach()).sum() / counts.tokens},
-    )
+    loss = stage1_loss(logp, exit_logpdf(gate), cfg.beta).sum() / counts.tokens
+    measured = {"loss": loss, "last_ce": -logp[:, -1].sum() / counts.tokens} | exits_of(gate, counts.tokens)
+    return Loss(loss, {name: value.detach() for name, value in measured.items()})
 
 
 def gate_step(student: LoopedTransformer, batch: Batch, cfg: GateConfig, *, counts: Counts) -> Loss:
@@ -335,8 +371,7 @@ def gate_step(student: LoopedTransformer, batch: Batch, cfg: GateConfig, *, coun
         logp = logp_of(student.logits(hidden), batch.targets[batch.mask])  # N L
     gate = student.gate(hidden)  # N L
     loss = gate_loss(gate, logp).sum() / counts.tokens
-    loops = mean_loop(exit_logpdf(gate.detach())).sum() / counts.tokens
-    return Loss(loss, {"loss": loss.detach(), "loops": loops})
+    return Loss(loss, {"loss": loss.detach()} | exits_of(gate, counts.tokens))
 
 
 def rpt_step(
@@ -412,29 +447,66 @@ def rpt_step(
     kl = k3_kl(logp, teacher_logp) if cfg.kl == "k3" else full_kl(logits, teacher_logits)
 
     # 11 Total: means over the hard tokens of the global batch (each term is N)
-    terms = {"pg": pg, "rep": rep, "ent": ent, "kl": kl, "reward": earned.mean(-1), "loops": mean_loop(logpi)}
+    terms = {"pg": pg, "rep": rep, "ent": ent, "kl": kl, "reward": earned.mean(-1)}
     mean = {name: term.sum() / counts.hard for name, term in terms.items()}
     loss = cfg.pg_weight * mean["pg"] + cfg.rep_weight * mean["rep"]
     loss = loss + cfg.ent_weight * mean["ent"] + cfg.kl_weight * mean["kl"]
-    return Loss(loss, {"loss": loss.detach()} | {name: value.detach() for name, value in mean.items()})
+    measured = {"loss": loss} | mean | exits_of(out.gate[hard], counts.hard)
+    return Loss(loss, {name: value.detach() for name, value in measured.items()})
 
 
 MEASURED = {
-    "pretrain": ("loss", "last_ce", "loops"),
-    "gate": ("loss", "loops"),
-    "rpt": ("loss", "pg", "rep", "ent", "kl", "reward", "loops"),
+    "pretrain": ("loss", "last_ce", "loops", "entropy", "saturation"),
+    "gate": ("loss", "loops", "entropy", "saturation"),
+    "rpt": ("loss", "pg", "rep", "ent", "kl", "reward", "loops", "entropy", "saturation"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def count(batch: Batch, rho: float, device: torch.device) -> Counts:
-    """Tokens that count and hard tokens, over all processes, known before any forward pass."""
-    counts = torch.stack((batch.mask.sum(), hard_count(batch.mask, rho).sum())).to(device, torch.float64)
-    if dist.is_initialized():
-        dist.all_reduce(counts)
-    return Counts(*counts.tolist())
+@dataclass
+class Run:
+    """A stage under way: all that its steps change."""
+
+    stage: Stage
+    student: LoopedTransformer
+    teacher: LoopedTransformer | None  # of LoopRPT
+    optimizer: torch.optim.Optimizer
+    step: int = 0  # steps done, skipped ones too
+    skipped: int = 0  # of them, without an update, because the loss or the gradient was not finite
+    bad: int = 0  # of them, in a row until now
+    stopped: bool = False  # somebody asked for an end
+    saved: str = "nothing is saved yet"  # what to tell a user whose run breaks
+
+
+def begin(
+    stage: Stage,
+    student: LoopedTransformer,
+    config: "Config",
+    *,
+    teacher: LoopedTransformer | None = None,
+    spread: Callable[[LoopedTransformer], LoopedTransformer] = lambda net: net,
+) -> Run:
+    """A stage at its first step.
+
+    teacher  where the EMA stands (default: a copy of the student)
+    spread   spreads a model over the processes
+    """
+    cfg = getattr(config, stage)
+    if stage == "rpt":
+        teacher = spread((teacher or copy.deepcopy(student)).requires_grad_(False))
+    student.checkpointing = config.train.checkpoint
+    student = spread(student)
+    trained = student.early_exit_gate if stage == "gate" else student
+    return Run(stage, student, teacher, optimizer_for(trained, cfg.lr, getattr(cfg, "weight_decay", 0.0)))
+
+
+def count(batch: Batch, rho: float, device: torch.device) -> tuple[Counts, int]:
+    """Tokens that count, hard tokens and rows, over all processes, known before any forward pass."""
+    sums = torch.stack((batch.mask.sum(), hard_count(batch.mask, rho).sum(), torch.tensor(len(batch.mask))))
+    tokens, hard, rows = sum_over_processes(sums.to(device, torch.float64)).tolist()
+    return Counts(tokens, hard), int(rows)
 
 
 def optimizer_for(m: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -454,82 +526,350 @@ def update_teacher(teacher: LoopedTransformer, student: LoopedTransformer, ema: 
     """teacher <- ema teacher + (1 - ema) student    (step 11)"""
     with torch.no_grad():
         for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-            t.lerp_(s, 1 - ema)
-
-
-def sum_over_processes(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its sum over all processes."""
-    if dist.is_initialized():
-        flat = parameters_to_vector(tensors)
-        dist.all_reduce(flat)
-        vector_to_parameters(flat, tensors)
+            own(t).lerp_(own(s), 1 - ema)
 
 
 def train(
-    stage: Stage,
-    student: LoopedTransformer,
+    run: Run,
     config: Config,
     rows: list[data.Row] | None,
     *,
     device: torch.device,
     rank: int = 0,
     world: int = 1,
-    saved: str = "nothing is saved yet",
-) -> Iterator[dict[str, float]]:
-    """Run one stage on the student, in place; yields each step's measurements.
+    stopping: Callable[[], bool] = lambda: False,
+) -> Iterator[dict]:
+    """Do a stage's steps from where the run is, in place; yields each one's measurements.
 
-    saved  what to tell the user is safe when the loss is not finite; then UserError is raised
+    stopping  asked in every step whether to end after it; one process's yes ends all
+    A step whose loss or gradient is not finite changes nothing. Raises UserError after train.max_bad_steps in a row.
     """
-    cfg = getattr(config, stage)
+    stage, cfg = run.stage, getattr(config, run.stage)
     source = data.source(rows, config.data, batch=config.train.batch, seed=f"{config.seed}/{stage}")
-    trained = student.early_exit_gate if stage == "gate" else student
-    parameters = list(trained.parameters())
-    optimizer = optimizer_for(trained, cfg.lr, getattr(cfg, "weight_decay", 0.0))
-    teacher = copy.deepcopy(student).requires_grad_(False) if stage == "rpt" else None
-
-    for step in range(cfg.steps):
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    while run.step < cfg.steps and not run.stopped:
         start = time.perf_counter()
-        batch = source.batch(step, rank=rank, world=world)
-        counts = count(batch, config.rpt.rho, device)
-        measured = {name: torch.zeros((), device=device) for name in (*MEASURED[stage], "tokens")}
+        batch = source.batch(run.step, rank=rank, world=world)
+        counts, n_rows = count(batch, config.rpt.rho, device)
+        most = -(-n_rows // world)  # rows of the first process; every process runs as many micro-batches
+        size = config.train.micro_batch or most
+        measured = {name: torch.zeros((), device=device) for name in (*MEASURED[stage], "tokens", "flops", "stop")}
         measured["tokens"] += batch.inputs.numel()
+        measured["stop"] += stopping()
         for p in parameters:
             p.grad = torch.zeros_like(p)
-        size = config.train.micro_batch or len(batch.inputs) or 1
-        for i, micro in enumerate(map(Batch, *(part.split(size) for part in batch))):
-            if not micro.mask.any():
+        for i in range(-(-most // size)):
+            micro = Batch(*(part[i * size : (i + 1) * size] for part in batch))
+            if not micro.mask.any() and world == 1:
                 continue
             micro = counted(micro, device)
             with autocast(device, config.precision):
                 if stage == "pretrain":
-                    found = pretrain_step(student, micro, cfg, counts=counts)
+                    found = pretrain_step(run.student, micro, cfg, counts=counts)
                 elif stage == "gate":
-                    found = gate_step(student, micro, cfg, counts=counts)
+                    found = gate_step(run.student, micro, cfg, counts=counts)
                 else:
-                    generator = data.seeded(config.seed, "noise", step, rank, i, device=device)
-                    found = rpt_step(student, teacher, micro, cfg, counts=counts, generator=generator)
+                    generator = data.seeded(config.seed, "noise", run.step, rank, i, device=device)
+                    found = rpt_step(run.student, run.teacher, micro, cfg, counts=counts, generator=generator)
             found.loss.backward()
             for name, value in found.measured.items():
                 measured[name] += value
-        sum_over_processes([p.grad for p in parameters])
-        sum_over_processes(list(measured.values()))
-        norm = clip_grad_norm_(parameters, config.train.clip)
-        now = {name: value.item() for name, value in measured.items()} | {"grad_norm": norm.item()}
-        if not (math.isfinite(now["loss"]) and math.isfinite(now["grad_norm"])):
+            measured["flops"] += step_flops(stage, run.student.config, cfg, micro)
+        for net in (run.student, run.teacher):
+            gather_no_more(net)
+        now = dict(zip(measured, sum_over_processes(torch.stack([*measured.values()])).tolist(), strict=True))
+        now["grad_norm"] = whole(clip_grad_norm_(parameters, config.train.clip)).item()
+        if math.isfinite(now["loss"]) and math.isfinite(now["grad_norm"]):
+            run.bad = 0
+            for group in run.optimizer.param_groups:
+                group["lr"] = cfg.lr * lr_factor(run.step, cfg.steps, config.train.warmup)
+            run.optimizer.step()
+            if run.teacher:
+                update_teacher(run.teacher, run.student, cfg.ema)
+        else:
+            run.bad, run.skipped = run.bad + 1, run.skipped + 1
+        run.step, run.stopped = run.step + 1, now.pop("stop") > 0
+        now["skipped"] = run.skipped
+        seconds, peak = time.perf_counter() - start, peak_flops(device)
+        now["tokens_per_s"], flops = now.pop("tokens") / seconds, now.pop("flops")
+        now |= {"mfu": flops / seconds / world / peak if peak else None, "memory_gib": memory_gib(device)}
+        yield {"stage": stage, "step": run.step} | {
+            name: value if value is None or math.isfinite(value) else None for name, value in now.items()
+        }
+        if run.bad >= config.train.max_bad_steps:
             raise UserError(
-                f"the loss is not finite at {stage} step {step + 1} (loss {now['loss']:.4g}, gradient norm "
-                f"{now['grad_norm']:.4g}): {saved}; try a smaller --{stage}.lr than {cfg.lr:g}"
+                f"the loss or its gradient was not finite in {run.bad} steps in a row, up to {stage} step {run.step}: "
+                f"{run.saved}; try a smaller --{stage}.lr than {cfg.lr:g}"
             )
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * lr_factor(step, cfg.steps, config.train.warmup)
-        optimizer.step()
-        if teacher:
-            update_teacher(teacher, student, cfg.ema)
-        now["tokens_per_s"] = now.pop("tokens") / (time.perf_counter() - start)
-        yield {"stage": stage, "step": step + 1, **now}
 
 
-def watch(steps: Iterator[dict], total: int, stage: str, log: TextIO) -> None:
+def step_flops(stage: Stage, c: ModelConfig, cfg, batch: Batch) -> float:
+    """Floating-point operations of a step on a batch, forward (2 for each weight and token) and backward (4 more)."""
+    rows, length = batch.inputs.shape
+    layer = c.width * c.head_dim * 2 * (c.heads + c.kv_heads) + 3 * c.width * c.ffn  # weights
+    attention = length * c.heads * c.head_dim  # a token's products with the half of the tokens that it sees, twice
+    loop = rows * length * c.layers * 2 * (layer + attention)
+    word = 2 * c.width * c.vocab_size  # one token through the head
+    tokens = batch.mask.sum().item()
+    if stage == "pretrain":
+        return 3 * c.loops * (loop + tokens * word)
+    if stage == "gate":
+        return c.loops * (loop + tokens * word)
+    hard = hard_count(batch.mask, cfg.rho).sum().item()
+    teacher = c.loops * (loop + hard * word) + tokens * word
+    again = cfg.reward == "rollout"  # the rewards of each rollout, forward only
+    rollouts = cfg.rollouts * (3 * (c.loops - 2) * loop + again * (loop + c.loops * hard * word))
+    return teacher + 3 * c.loops * (loop + hard * word) + rollouts
+
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # bfloat16, dense, by the vendor
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What the GPU could do in a second; None for a CPU or an unknown GPU."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in name), None)
+
+
+def memory_gib(device: torch.device) -> float:
+    """Most memory that was in use until now, on the GPU, or by this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: one, or as many as torchrun starts, by FSDP2. On one process nothing here changes anything.
+
+
+def own(x: Tensor) -> Tensor:
+    """This process's shard."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def whole(x: Tensor) -> Tensor:
+    """All shards."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """x, summed in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def spread(net: LoopedTransformer, kind: str, device: torch.device) -> LoopedTransformer:
+    """Over the processes: 'ddp' is a copy for each, 'fsdp' a shard for each of a machine's, a copy for each machine.
+
+    Gradients are summed, not averaged: a loss is divided by a count over all processes already. Parameters stay
+    gathered until the step lets go of them: the blocks run L times in each forward and backward pass, and letting go
+    each time gathers 4 times as often (counted, for 2 layers and 4 loops: 12 gathers against 3 in a pre-training step,
+    25 against 7 in one of LoopRPT).
+    """
+    if kind == "auto":
+        size = 20 * sum(p.numel() for p in net.parameters())  # weights, gradient, two moments, teacher
+        roomy = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
+        kind = "ddp" if roomy else "fsdp"
+    world = dist.get_world_size()
+    shards = 1 if kind == "ddp" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    mesh = init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copies", "shards"))
+    for module in (*net.layers, net):
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        module.set_reshard_after_backward(False)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    for name in ("logits", "gate"):
+        register_fsdp_forward_method(net, name)
+    return net
+
+
+def gather_no_more(net: LoopedTransformer | None) -> None:
+    """Let go of the gathered parameters, so that the optimiser and the teacher's average see the shards."""
+    for module in net.modules() if net else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A run on the disk: state/STAGE-STEP/ holds all that a run needs to go on, in safetensors and JSON
+
+
+def save_run(run: Run, folder: Path, keep: int) -> None:
+    """Write state/STAGE-STEP, complete or not at all, then remove all but the newest `keep`.
+
+    Raises UserError if it can't be written, or the weights are not finite: then the last good one stays.
+    """
+    target = folder / "state" / f"{run.stage}-{run.step:06}"
+    norm = whole(get_total_norm(list(run.student.parameters()))).item()
+    if not math.isfinite(norm):
+        raise UserError(
+            f"the weights are not finite after {run.stage} step {run.step}: {run.saved}; try a smaller --{run.stage}.lr"
+        )
+    with model.new_folder(target) as temporary:
+        model.save(run.student, temporary / "student")
+        if run.teacher:
+            model.save(run.teacher, temporary / "teacher")
+        if model.is_writer():
+            (temporary / "moments").mkdir()
+        moments = {
+            f"{kind}.{name}": run.optimizer.state[p][kind]
+            for name, p in run.student.named_parameters()
+            for kind in ("exp_avg", "exp_avg_sq")
+            if p in run.optimizer.state
+        }
+        model.save_weights(moments, temporary / "moments", run.student.embed_tokens.weight.dtype)
+        if model.is_writer():
+            files = {str(f.relative_to(temporary)): checksum(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
+            info = {"stage": run.stage, "step": run.step, "skipped": run.skipped, "bad": run.bad, "sha256": files}
+            (temporary / "state.json").write_text(json.dumps(info, indent=1) + "\n")
+    run.saved = f"the last good checkpoint is {target}"
+    if dist.is_initialized():
+        dist.barrier()  # from here on all may read it
+    if model.is_writer():
+        for old in states(folder)[keep:]:
+            (old / "state.json").unlink(missing_ok=True)  # from here on it is no checkpoint
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def states(folder: Path) -> list[Path]:
+    """The saved states of a run, the newest first."""
+    found = (folder / "state").glob("*-" + 6 * "[0-9]")
+    order = [*FOLDER]
+    return sorted(found, key=lambda p: (order.index(p.name.partition("-")[0]), p.name), reverse=True)
+
+
+def checksum(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def flaw(state: Path) -> str | None:
+    """What is wrong with a saved state; None if nothing is."""
+    try:
+        files = model.read_json(state / "state.json")["sha256"]
+        wrong = [name for name, digest in files.items() if checksum(state / name) != digest]
+    except (OSError, UserError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{', '.join(wrong)} changed since it was written" if wrong else None
+
+
+def newest(folder: Path, stage: Stage) -> Path | None:
+    """The newest sound state of a stage; says which newer ones it passes over. All processes agree."""
+    found = [state for state in states(folder) if state.name.startswith(f"{stage}-")]
+    chosen = torch.tensor(len(found))
+    if model.is_writer():
+        for i, state in enumerate(found):
+            if not (why := flaw(state)):
+                chosen.fill_(i)
+                break
+            console.print(f"{state} is passed over ({why})", soft_wrap=True)
+            if (state / "state.json").exists():
+                state.rename(state.with_name(f"{state.name}.damaged"))  # it may still be of use to somebody
+            else:
+                shutil.rmtree(state)  # it was being removed
+    if dist.is_initialized():
+        chosen = chosen.to("cuda") if dist.get_backend() == "nccl" else chosen
+        dist.broadcast(chosen, 0)
+    return [*found, None][int(chosen)]
+
+
+def load_run(state: Path, config: Config, device: torch.device, spread: Callable) -> Run:
+    """A run as it was saved, on this number of processes. Raises UserError if it is another model's."""
+    info, shape = model.read_json(state / "state.json"), model.load_config(state / "student")
+    for f in fields(ModelConfig) if config.model.vocab_size else ():
+        found, given = getattr(shape, f.name), getattr(config.model.resolved(), f.name)
+        if found != given:
+            raise UserError(f"{state} is of another model: its {f.name} is {found}, this run's {given}; remove it")
+    student = model.load(state / "student", device)
+    teacher = model.load(state / "teacher", device) if (state / "teacher").exists() else None
+    run = begin(info["stage"], student, config, teacher=teacher, spread=spread)
+    run.step, run.skipped, run.bad = info["step"], info["skipped"], info["bad"]
+    run.saved = f"the last good checkpoint is {state}"
+    place = model.find_weights(state / "moments", {})
+    trained = {p for group in run.optimizer.param_groups for p in group["params"]}
+    for name, p in run.student.named_parameters():
+        if p not in trained or f"exp_avg.{name}" not in place:
+            continue
+        moments = {"step": torch.tensor(float(run.step - run.skipped), device=p.device)}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            moment = model.read_tensor(place[f"{kind}.{name}"], f"{kind}.{name}").to(p.device, p.dtype, copy=True)
+            if isinstance(p, DTensor):
+                moment = distribute_tensor(moment, p.device_mesh, p.placements, src_data_rank=None)
+            moments[kind] = moment
+        run.optimizer.state[p] = moments
+    return run
+
+
+def write_json(path: Path, found: dict) -> None:
+    """Write a file whole, or leave the old one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def trim_log(path: Path, done: tuple[Stage, ...], stage: Stage, step: int) -> None:
+    """Keep of a log the stages that are done and this one's steps up to `step`: the rest will be done again."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            now = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a line that was being written when the run ended
+        if now["stage"] in done or (now["stage"] == stage and now["step"] <= step):
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def start_record(config: Config, device: torch.device, world: int) -> dict:
+    """What run.json says of each start."""
+    git = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain"]
+    status = subprocess.run(git, capture_output=True, text=True, check=False)
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "tyro")}
+    found = {
+        "time": now_text(),
+        "processes": world,
+        "dirty": bool(status.stdout.strip()) if not status.returncode else None,
+    }
+    return (
+        found | eval.provenance(device) | {"python": sys.version.split()[0], "versions": versions, "seed": config.seed}
+    )
+
+
+def now_text() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def sink(config: Config, folder: Path) -> Callable[[dict], None]:
+    """Where the numbers go besides log.jsonl. Raises UserError if the package for it isn't installed."""
+    if config.logger == "none":
+        return lambda now: None
+    try:
+        if config.logger == "wandb":
+            import wandb
+
+            wandb.init(project="looprpt", dir=str(folder), name=folder.name, config=asdict(config), resume="allow")
+            return lambda now: wandb.log({f"{now['stage']}/{k}": v for k, v in now.items() if k != "stage"})
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--logger {config.logger} needs a package ({error}): pip install {config.logger}") from error
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(now: dict) -> None:
+        for name, value in now.items():
+            if name not in ("stage", "step") and value is not None:
+                writer.add_scalar(f"{now['stage']}/{name}", value, now["step"])
+
+    return write
+
+
+def watch(steps: Iterator[dict], total: int, stage: str, log: TextIO, to: Callable[[dict], None]) -> None:
     """Run the steps: a progress bar on a terminal, else twenty lines; every step goes to the log as a line of JSON."""
     recent: deque[dict] = deque(maxlen=50)
     name, status = TextColumn("{task.description:>8}"), TextColumn("{task.fields[status]}")
@@ -539,25 +879,47 @@ def watch(steps: Iterator[dict], total: int, stage: str, log: TextIO) -> None:
         for now in steps:
             log.write(json.dumps(now) + "\n")
             log.flush()
+            to(now)
             recent.append(now)
-            mean = {name: sum(r[name] for r in recent) / len(recent) for name in now if name not in ("stage", "step")}
-            status = f"{mean['tokens_per_s'] / 1000:.1f}k tokens/s loss {mean['loss']:.2f} loops {mean['loops']:.2f}"
+            known = [n for n in ("tokens_per_s", "loss", "loops", "reward") if now.get(n) is not None]
+            mean = {n: statistics.mean(r[n] for r in recent if r[n] is not None) for n in known}
+            status = f"{mean['tokens_per_s'] / 1000:.1f}k tokens/s"
+            if "loss" in mean:
+                status += f" loss {mean['loss']:.2f} loops {mean['loops']:.2f}"
             if "reward" in mean:
                 status += f" reward {mean['reward']:+.3f}"
-            bar.update(task, advance=1, status=status)
             step = now["step"]
+            bar.update(task, completed=step, status=status)
             if not console.is_terminal and (step == 1 or step * 20 // total > (step - 1) * 20 // total):
                 console.print(f"{stage:>8} {step}/{total}  {status}")
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """The names of the signals that asked for an end; a second one ends at once."""
+    asked: list[str] = []
+
+    def note(number: int, frame) -> None:
+        asked.append(signal.Signals(number).name)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main() -> None:
     config = parse()
     config.check()
     folder = config.folder
-    taken = [name for name in (*FOLDER.values(), "results.json") if (folder / name).exists()]
-    if taken:
+    taken = [name for name in (*FOLDER.values(), "state", "results.json") if (folder / name).exists()]
+    if taken and not config.resume:
         raise UserError(
-            f"--out {folder} holds another run ({', '.join(taken)}): nothing saved is overwritten, give another"
+            f"--out {folder} holds another run ({', '.join(taken)}): nothing saved is overwritten, give another, "
+            "or --resume"
         )
     rank, world, local = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -568,43 +930,35 @@ def main() -> None:
     if world > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{local}")
         torch.cuda.set_device(device)
-
     tokenizer = data.pick_tokenizer(config.data, config.init)
-    file = data.tokenizer_file(config.data, config.init)
-    beside = file.parent if file and file.name == "tokenizer.json" else None  # what else stands there goes along
-    if config.init:
-        student = model.load(config.init, device)
-        student.config = config.model.resolved()
-    else:
-        shape = replace(config.model, vocab_size=data.vocab_size(tokenizer), eos_token_id=data.eos_id(tokenizer))
-        student = LoopedTransformer(shape, generator=data.seeded(config.seed, "weights")).to(device)
     rows, val_rows, notes = data.split(config.data, tokenizer, seed=config.seed)
     if rows is not None and len(rows) < world:
         raise UserError(f"{config.data.path} gives {len(rows)} rows for {world} processes: each needs one")
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
-        make_folder(folder)
-        size = sum(p.numel() for p in student.parameters())
-        console.print(
-            f"{size:,} parameters, {student.config.loops} loops, on {world} x {device.type}; the run goes to {folder}"
-        )
-        console.print(*notes, sep="\n", end="\n" * bool(notes))
-    models = {config.init.name: config.init} if config.init else {}
-    with open(folder / "log.jsonl" if rank == 0 else os.devnull, "a", encoding="utf-8") as log:
-        log.write(json.dumps({"argv": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}) + "\n")
-        for stage in config.objective:
-            saved = f"the last checkpoint is {[*models.values()][-1]}" if models else "nothing is saved yet"
-            steps = train(stage, student, config, rows, device=device, rank=rank, world=world, saved=saved)
+        console.print(*notes, sep="\n", end="\n" * bool(notes), soft_wrap=True)
+    with stop_signals() as asked:
+        try:
+            if world > 1:
+                backend = "nccl" if device.type == "cuda" else "gloo"
+                dist.init_process_group(backend, timeout=timedelta(seconds=config.train.timeout))
+            where = {"device": device, "rank": rank, "world": world}
+            models = run_stages(config, tokenizer, rows, stopping=lambda: bool(asked), **where)
+        except RuntimeError as error:
+            if world == 1 or not is_from_processes(error):
+                raise
+            state = next(iter(states(folder)), None)
+            raise UserError(
+                f"another process is gone ({str(error).splitlines()[0][:200]}): "
+                f"--resume goes on from {state or 'the start'}"
+            ) from error
+        if world > 1:
+            dist.destroy_process_group()
+        if models is None:
             if rank == 0:
-                watch(steps, getattr(config, stage).steps, stage, log)
-                target = folder / FOLDER[stage]
-                model.save(student, target, tokenizer, dtype=DTYPES[config.save_dtype], beside=beside)
-                models[target.name if target.name not in models else str(target)] = target
-            else:
-                deque(steps, maxlen=0)
-    if world > 1:
-        dist.destroy_process_group()
+                state = next(iter(states(folder)))
+                by = " ".join(asked) or "another process"
+                console.print(f"stopped by {by}, saved in {state}: --resume goes on", soft_wrap=True)
+            return
     if rank == 0:
         source = data.source(val_rows, config.data, batch=eval.EvalConfig.batch, seed=config.seed, held_out=True)
         scores = {
@@ -612,13 +966,141 @@ def main() -> None:
             for name, path in models.items()
         }
         found = eval.results(scores, device=device, seed=config.seed)
-        (folder / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_json(folder / "results.json", found)
         eval.show(found)
 
 
+def is_from_processes(error: RuntimeError) -> bool:
+    """Whether a collective failed, not we: torch's own class, or gloo's plain RuntimeError."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "Connection" in str(error)
+
+
+def run_stages(
+    config: Config,
+    tokenizer: Tokenizer,
+    rows: list[data.Row] | None,
+    *,
+    device: torch.device,
+    rank: int,
+    world: int,
+    stopping: Callable[[], bool],
+) -> dict[str, Path] | None:
+    """All stages that are left. Returns the checkpoints to compare, by name; None if the run was stopped."""
+    folder = config.folder
+
+    def over_processes(net: LoopedTransformer) -> LoopedTransformer:
+        return spread(net, config.dist, device) if world > 1 else net
+
+    file = data.tokenizer_file(config.data, config.init)
+    beside = file.parent if file and file.name == "tokenizer.json" else None  # what else stands there goes along
+    done = tuple(stage for stage in config.objective if (folder / FOLDER[stage]).exists())
+    source = folder / FOLDER[done[-1]] if done else config.init
+    if done and (state := newest(folder, done[-1])):
+        source = state / "student"  # in float32, whatever --save-dtype says
+    if source:
+        student = model.load(source, device)
+        if not done:
+            student.config = config.model.resolved()
+    else:
+        shape = replace(config.model, vocab_size=data.vocab_size(tokenizer), eos_token_id=data.eos_id(tokenizer))
+        student = LoopedTransformer(shape, generator=data.seeded(config.seed, "weights")).to(device)
+    shape, parameters = student.config, sum(p.numel() for p in student.parameters())
+    record = {"config": asdict(config), "parameters": parameters, "starts": [], "finished": None}
+    if rank == 0:
+        make_folder(folder)
+        if (folder / "run.json").exists():
+            record["starts"] = model.read_json(folder / "run.json")["starts"]
+        record["starts"].append(start_record(config, device, world))
+        write_json(folder / "run.json", record)
+        size = f"{parameters:,} parameters, {shape.loops} loops, on {world} x {device.type}"
+        console.print(f"{size}; the run goes to {folder}", soft_wrap=True)
+    to = sink(config, folder) if rank == 0 else None
+    models = {config.init.name: config.init} if config.init else {}
+    for stage in config.objective:
+        target = folder / FOLDER[stage]
+        if stage not in done:
+            state = newest(folder, stage) if config.resume else None
+            if state:
+                run = load_run(state, replace(config, model=shape), device, over_processes)
+            else:
+                run = begin(stage, student, config, spread=over_processes)
+                if models:
+                    run.saved = f"the last good checkpoint is {[*models.values()][-1]}"
+            if rank == 0:
+                trim_log(folder / "log.jsonl", done, stage, run.step)
+                if config.resume:
+                    place = f", from {state}" if state else ""
+                    console.print(f"{stage} goes on after step {run.step}{place}", soft_wrap=True)
+            steps = saving(
+                run, config, train(run, config, rows, device=device, rank=rank, world=world, stopping=stopping)
+            )
+            if rank == 0:
+                with open(folder / "log.jsonl", "a", encoding="utf-8") as log:
+                    watch(steps, getattr(config, stage).steps, stage, log, to)
+            else:
+                deque(steps, maxlen=0)
+            if run.stopped and run.step < getattr(config, stage).steps:
+                return None
+            model.save(run.student, target, tokenizer, dtype=DTYPES[config.save_dtype], beside=beside)
+            done = (*done, stage)
+            if stage != config.objective[-1]:
+                last = folder / "state" / f"{stage}-{run.step:06}" / "student"
+                student = model.load(last, device) if world > 1 else run.student
+        models[target.name if target.name not in models else str(target)] = target
+    if rank == 0:
+        write_json(folder / "run.json", record | {"finished": now_text()})
+    return models
+
+
+def saving(run: Run, config: Config, steps: Iterator[dict]) -> Iterator[dict]:
+    """The steps, with the run saved after some of them: when a step's line is in the log, so that none is missing."""
+    for now in steps:
+        yield now
+        last = run.stopped or run.step == getattr(config, run.stage).steps
+        if (last or run.step % config.train.save_every == 0) and run.bad == 0:
+            save_run(run, config.folder, config.train.keep)
+
+
+def revive(kind: type, found: dict):
+    """A configuration from its JSON form."""
+    values = {}
+    for name, hint in get_type_hints(kind).items():
+        value = found[name]
+        if isinstance(value, dict):
+            value = revive(hint, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, str) and "Path" in str(hint):
+            value = Path(value)
+        values[name] = value
+    return kind(**values)
+
+
 def parse() -> Config:
-    """The command line; with --init, the checkpoint's shape is the default of the --model flags."""
+    """The command line.
+
+    With --init, the checkpoint's shape is the default of the --model flags. With --resume, the flags that the run was
+    started with are the default of all, and those of its model and its data stay as they are.
+    """
     config = tyro.cli(Config, description=__doc__.partition("\n\nThe paper")[0])
+    record = config.folder / "run.json"
+    if config.resume and record.exists():
+        try:
+            saved = revive(Config, model.read_json(record)["config"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{record} is not the record of a run ({error!r}): restore it, or start anew") from error
+        saved, folder = replace(saved, resume=True, out=config.folder), config.folder
+        config = replace(tyro.cli(Config, default=saved), out=folder)
+        for name in ("objective", "init", "seed", "model", "data"):
+            given, found = getattr(config, name), getattr(saved, name)
+            for f in fields(given) if is_dataclass(given) else ():
+                if getattr(given, f.name) != getattr(found, f.name):
+                    name, given, found = f"{name}.{f.name}", getattr(given, f.name), getattr(found, f.name)
+                    break
+            if given != found:
+                flag = f"--{name.replace('_', '-')} {given}"
+                raise UserError(f"{flag} contradicts the run in {folder}, which has {found}: leave the flag out")
+        return config
     if not config.init:
         return config
     shape = model.load_config(config.init)

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from tyro.conf import Positional
 
 
@@ -212,6 +215,9 @@ class LoopedTransformer(nn.Module):
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
         super().__init__()
         self.config = c = config.resolved()
+        self.checkpointing = (
+            False  # in training, run each layer again in the backward pass instead of keeping its inside
+        )
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.rms_norm_eps)
@@ -263,7 +269,10 @@ class LoopedTransformer(nn.Module):
         attend  the attention, told which layer it is in (default: causal)
         """
         for i, layer in enumerate(self.layers):
-            state = layer(state, cos, sin, partial(attend, i) if attend else causal)
+            if self.checkpointing and torch.is_grad_enabled():
+                state = checkpoint(layer, state, cos, sin, use_reentrant=False)
+            else:
+                state = layer(state, cos, sin, partial(attend, i) if attend else causal)
         return self.norm(state)
 
     def decode(self, state: Tensor, cache: "Cache", rows: list[int], loops: list[int], positions: list[int]) -> Tensor:
@@ -423,6 +432,46 @@ def ouro_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
+def is_writer() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` at the end, complete and on the disk, or not at all.
+
+    Raises UserError if the folder is there already, or can't be written; what was saved before is left as it is.
+    """
+    if not is_writer():
+        yield folder
+        return
+    if folder.exists():
+        raise UserError(f"{folder} is there already: nothing saved is overwritten, give another folder")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync(path)
+        os.rename(temporary, folder)
+        sync(folder.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):  # safetensors has its own word for a full disk
+            raise UserError(
+                f"{folder} can't be written ({error}): make room or give another place; what was saved before is intact"
+            ) from error
+        raise
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
 def save(
     model: LoopedTransformer,
     folder: Path,
@@ -431,58 +480,60 @@ def save(
     dtype: torch.dtype | None = None,
     beside: Path | None = None,
 ) -> None:
-    """Write a checkpoint folder, complete or not at all: under a temporary name first, then renamed.
+    """Write a checkpoint folder, complete or not at all. Every process of a sharded model takes part, one writes.
 
     tokenizer  a tokenizers.Tokenizer, saved beside the weights
     dtype      of the weights in the file (default: as they are)
     beside     a folder whose tokenizer and generation files are copied as they are
-    Raises UserError if the folder is there already.
+    Raises UserError if the folder is there already, or can't be written.
     """
-    if folder.exists():
-        raise UserError(f"{folder} is there already: nothing saved is overwritten, give another folder")
     c, shape = model.config, asdict(model.config)
     dtype = dtype or model.embed_tokens.weight.dtype
     config = ARCHITECTURE | FOR_OTHERS | {key: shape[ours] for key, ours in CONFIG_KEYS.items()}
     config |= {"layer_types": ["full_attention"] * c.layers, "torch_dtype": str(dtype).removeprefix("torch.")}
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_weights({ouro_name(name): p.detach() for name, p in model.named_parameters()}, temporary, dtype)
-    copied = [name for name in BESIDE if (beside / name).is_file()] if beside else []
-    for name in copied:
-        shutil.copyfile(beside / name, temporary / name)
-    if tokenizer is not None and "tokenizer.json" not in copied:
-        tokenizer.save(str(temporary / "tokenizer.json"))
-        end = None if c.eos_token_id is None else tokenizer.id_to_token(c.eos_token_id)
-        how = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "clean_up_tokenization_spaces": False}
-        (temporary / "tokenizer_config.json").write_text(json.dumps(how, indent=2) + "\n")
-    os.rename(temporary, folder)
+    with new_folder(folder) as temporary:
+        save_weights({ouro_name(name): p.detach() for name, p in model.named_parameters()}, temporary, dtype)
+        if not is_writer():
+            return
+        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copied = [name for name in BESIDE if (beside / name).is_file()] if beside else []
+        for name in copied:
+            shutil.copyfile(beside / name, temporary / name)
+        if tokenizer is not None and "tokenizer.json" not in copied:
+            tokenizer.save(str(temporary / "tokenizer.json"))
+            end = None if c.eos_token_id is None else tokenizer.id_to_token(c.eos_token_id)
+            how = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": end,
+                "clean_up_tokenization_spaces": False,
+            }
+            (temporary / "tokenizer_config.json").write_text(json.dumps(how, indent=2) + "\n")
 
 
 def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """One model.safetensors, or shards of at most SHARD_BYTES and their index; one shard at a time is converted."""
-    shards, room = [[]], SHARD_BYTES
+    """One model.safetensors, or files of at most SHARD_BYTES and their index; one file at a time is gathered."""
+    parts, room = [[]], SHARD_BYTES
     for name, weight in weights.items():
         size = weight.numel() * dtype.itemsize
-        if shards[-1] and size > room:
-            shards.append([])
+        if parts[-1] and size > room:
+            parts.append([])
             room = SHARD_BYTES
-        shards[-1].append(name)
+        parts[-1].append(name)
         room -= size
-    one = len(shards) == 1
-    files = (
-        ["model.safetensors"]
-        if one
-        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    for names, file in zip(shards, files, strict=True):
-        part = {name: weights[name].to("cpu", dtype).contiguous() for name in names}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # it is written for its owner alone
-    if not one:
+    n = len(parts)
+    files = [f"model-{i:05}-of-{n:05}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
+    for names, file in zip(parts, files, strict=True):
+        gathered = {}
+        for name in names:
+            whole = weights[name].full_tensor() if isinstance(weights[name], DTensor) else weights[name]
+            if is_writer():
+                gathered[name] = whole.to("cpu", dtype).contiguous()
+        if is_writer():
+            save_file(gathered, folder / file, metadata={"format": "pt"})
+            (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library writes it for its owner alone
+    if n > 1 and is_writer():
         total = sum(w.numel() for w in weights.values()) * dtype.itemsize
-        where = {name: file for names, file in zip(shards, files, strict=True) for name in names}
+        where = {name: file for names, file in zip(parts, files, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -560,6 +611,25 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
     return files
 
 
+def find_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
+    """The file of each tensor in a folder. Raises UserError for a damaged file, or another shape or type than ours."""
+    place = {}
+    for file, keys in weight_files(folder).items():
+        path = folder / file
+        with opened(path) as weights:
+            if keys is not None and {*keys} != {*weights.keys()}:
+                wrong = ", ".join(sorted({*keys} ^ {*weights.keys()}))
+                raise UserError(f"{folder / INDEX} and {path} disagree on {wrong}: restore both from a copy")
+            for key in weights.keys():  # noqa: SIM118  it is no dict
+                place[key], part = path, weights.get_slice(key)
+                shape, kind = tuple(part.get_shape()), part.get_dtype()
+                if shape != shapes.get(key, shape):
+                    raise UserError(f"{path} holds {key} of shape {shape}, its config.json says {shapes[key]}")
+                if kind not in ("BF16", "F16", "F32", "F64"):
+                    raise UserError(f"{path} holds {key} as {kind}: only BF16, F16, F32 and F64 weights are read")
+    return place
+
+
 def load(
     folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
 ) -> LoopedTransformer:
@@ -574,20 +644,7 @@ def load(
         model = LoopedTransformer(config)
     names = {ouro_name(name): name for name, _ in model.named_parameters()}
     shapes = {ouro_name(name): tuple(p.shape) for name, p in model.named_parameters()}
-    place, stored = {}, {}
-    for file, keys in weight_files(folder).items():
-        path = folder / file
-        with opened(path) as weights:
-            if keys is not None and {*keys} != {*weights.keys()}:
-                wrong = ", ".join(sorted({*keys} ^ {*weights.keys()}))
-                raise UserError(f"{folder / INDEX} and {path} disagree on {wrong}: restore both from a copy")
-            for key in weights.keys():  # noqa: SIM118  it is no dict
-                part = weights.get_slice(key)
-                place[key], stored[key] = path, part.get_dtype()
-                if key in shapes and tuple(part.get_shape()) != shapes[key]:
-                    raise UserError(
-                        f"{path} holds {key} of shape {tuple(part.get_shape())}, its config.json says {shapes[key]}"
-                    )
+    place = find_weights(folder, shapes)
     if config.tied and "lm_head.weight" in place:  # some writers keep the copy
         head, embedding = (read_tensor(place[key], key) for key in ("lm_head.weight", "model.embed_tokens.weight"))
         if not head.equal(embedding):
@@ -598,9 +655,6 @@ def load(
         raise UserError(
             f"{folder} does not match its config.json: missing {missing or 'none'}, extra {extra or 'none'}"
         )
-    for key, kind in stored.items():
-        if kind not in ("BF16", "F16", "F32", "F64"):
-            raise UserError(f"{place[key]} holds {key} as {kind}: only BF16, F16, F32 and F64 weights are read")
     dtype = dtype or read_tensor(place["model.norm.weight"], "model.norm.weight").dtype
     weights = {name: read_tensor(place[key], key).to(device, dtype, copy=True) for key, name in names.items()}
     model.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own

@@ -82,12 +82,26 @@ def test_results_json_has_what_eval_promises(run):
 
 def test_the_log_has_a_line_for_every_step(run):
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    assert lines[0].keys() == {"argv", "time"}
-    assert [(x["stage"], x["step"]) for x in lines[1:]] == [
+    assert [(x["stage"], x["step"]) for x in lines] == [
         (stage, step + 1) for stage, n in (("pretrain", 500), ("rpt", 150)) for step in range(n)
     ]
-    assert {"loss", "pg", "rep", "ent", "kl", "reward", "loops", "grad_norm", "tokens_per_s"} < lines[-1].keys()
-    assert lines[1]["loss"] > 1.3 > lines[500]["loss"]
+    terms = {"loss", "pg", "rep", "ent", "kl", "reward"}
+    every = {"stage", "step", "loss", "loops", "entropy", "saturation", "grad_norm", "skipped", "tokens_per_s", "mfu"}
+    assert lines[-1].keys() == terms | every | {"memory_gib"}
+    assert lines[0].keys() == every | {"last_ce", "memory_gib"}
+    assert lines[0]["loss"] > 1.3 > lines[499]["loss"]
+
+
+def test_run_json_says_what_was_run(run):
+    found = json.loads((run / "run.json").read_text())
+    assert found.keys() == {"config", "parameters", "starts", "finished"}
+    assert found["finished"]
+    assert found["config"]["rpt"]["steps"] == 150
+    assert found["parameters"] == sum(p.numel() for p in model.load(run / "base").parameters())
+    (start,) = found["starts"]
+    known = {"time", "processes", "dirty", "argv", "commit", "torch", "device", "python", "versions", "seed"}
+    assert start.keys() == known
+    assert looprpt.revive(looprpt.Config, found["config"]).data.operands == 3
 
 
 def test_eval_repeats_the_runs_own_numbers(run, tmp_path, monkeypatch, capsys):
@@ -166,7 +180,7 @@ def test_the_other_forms_train_too(tmp_path, monkeypatch, flags):
     few = "--pretrain.steps 2 --rpt.steps 2 --data.val-rows 20 --train.batch 8".split()
     call(monkeypatch, looprpt, *few, *flags.split(), "--out", tmp_path / "out")
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
-    assert all(abs(json.loads(line)["loss"]) < 100 for line in lines[1:])
+    assert all(abs(json.loads(line)["loss"]) < 100 for line in lines)
 
 
 # Refusals
@@ -174,16 +188,18 @@ def test_the_other_forms_train_too(tmp_path, monkeypatch, flags):
 
 def test_another_run_is_never_overwritten(run, monkeypatch):
     assert refused(monkeypatch, looprpt, "--out", run) == (
-        f"--out {run} holds another run (base, rpt, results.json): nothing saved is overwritten, give another"
+        f"--out {run} holds another run (base, rpt, state, results.json): nothing saved is overwritten, give another, "
+        "or --resume"
     )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
     few = [*SMALL[:2], *SMALL[4:], "--pretrain.steps", 20, "--rpt.steps", 3, "--out", tmp_path / "out"]
     message = refused(monkeypatch, looprpt, *few, "--init", run / "base", "--objective", "rpt", "--rpt.lr", "1e38")
-    assert re.match(r"the loss is not finite at rpt step [23] \(", message)
-    assert f"the last checkpoint is {run / 'base'}; try a smaller --rpt.lr than 1e+38" in message
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"log.jsonl"}
+    assert message.startswith("the weights are not finite after rpt step")
+    assert f"the last good checkpoint is {run / 'base'}; try a smaller --rpt.lr" in message
+    assert {p.name for p in (tmp_path / "out").iterdir()} <= {"log.jsonl", "run.json", "state"}
+    assert not [*(tmp_path / "out").glob("state/*")]
     model.load(run / "base")
 
 
@@ -357,7 +373,7 @@ def test_every_flag_has_a_line_of_help(monkeypatch, capsys):
     shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     _, *parts = re.split(r"^\W*(--[a-z][a-z.-]*)", shown, flags=re.MULTILINE)
     flags = dict(zip(parts[::2], parts[1::2], strict=True))
-    assert 35 <= len(flags) <= 50
+    assert 35 <= len(flags) <= 55
     for flag, rest in flags.items():
         assert re.search(r"[a-z]{2,} .*\(default: ", rest), f"{flag} has no help: {rest}"
     for flag in """--model.loops --data.path --pretrain.steps --pretrain.lr --gate.steps --rpt.steps --rpt.rollouts

@@ -255,21 +255,23 @@ SUMS = Config(
 STAGES = ("pretrain", "gate", "rpt")
 
 
-def gradients(config, rank=0, world=1):
+def gradients(config, rank=0, world=1, spread=lambda net: net):
     """Every gradient and measurement of the first step of each objective."""
     found = {}
     for stage in STAGES:
-        student = make(0)
-        measured = next(looprpt.train(stage, student, config, rows(), device=CPU, rank=rank, world=world))
-        found |= {f"{stage} {name}": p.grad for name, p in student.named_parameters() if p.grad is not None}
+        run = looprpt.begin(stage, make(0), config, spread=spread)
+        measured = next(looprpt.train(run, config, rows(), device=CPU, rank=rank, world=world))
+        grads = {name: p.grad for name, p in run.student.named_parameters() if p.grad is not None}
+        found |= {f"{stage} {name}": looprpt.whole(grad) for name, grad in grads.items()}
         found |= {f"{stage} {name}": torch.tensor(measured[name]) for name in looprpt.MEASURED[stage]}
     return found
 
 
-def worker(rank, world, folder):
+def worker(rank, world, folder, kind, config):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    save_file(gradients(SUMS, rank, world), f"{folder}/{rank}.safetensors")
+    found = gradients(config, rank, world, lambda net: looprpt.spread(net, kind, CPU))
+    save_file({name: x.contiguous() for name, x in found.items()}, f"{folder}/{rank}.safetensors")
     dist.destroy_process_group()
 
 
@@ -294,9 +296,14 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(straight, size):
     agree(gradients(replace(SUMS, train=replace(SUMS.train, micro_batch=size))), straight)
 
 
-def test_two_processes_give_the_gradient_of_one(straight, tmp_path):
-    """Of rows and counted tokens that don't divide evenly, so an average per process would be off."""
-    mp.spawn(worker, (2, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize(("kind", "micro_batch"), [("ddp", 0), ("fsdp", 0), ("fsdp", 1)])
+def test_two_processes_give_the_gradient_of_one(straight, tmp_path, kind, micro_batch):
+    """Of rows and counted tokens that don't divide evenly, so an average per process would be off.
+
+    With micro-batches of one row, one process runs four, the other three and an idle one.
+    """
+    config = replace(SUMS, train=replace(SUMS.train, micro_batch=micro_batch, checkpoint=bool(micro_batch)))
+    mp.spawn(worker, (2, str(tmp_path), kind, config), nprocs=2)
     for rank in range(2):
         agree(load_file(tmp_path / f"{rank}.safetensors"), straight)
 
@@ -315,7 +322,8 @@ def test_a_row_without_a_token_that_counts_changes_nothing():
 def test_the_gate_stage_leaves_the_backbone_as_it_was():
     student = make(0)
     before = copy.deepcopy(student.state_dict())
-    list(looprpt.train("gate", student, replace(SUMS, gate=replace(SUMS.gate, steps=3)), rows(), device=CPU))
+    config = replace(SUMS, gate=replace(SUMS.gate, steps=3))
+    list(looprpt.train(looprpt.begin("gate", student, config), config, rows(), device=CPU))
     changed = {name for name, p in student.state_dict().items() if not p.equal(before[name])}
     assert changed == {"early_exit_gate.weight", "early_exit_gate.bias"}
 
@@ -331,7 +339,7 @@ def test_the_teacher_is_a_moving_average_without_gradient(monkeypatch):
 
     monkeypatch.setattr(looprpt, "update_teacher", watching)
     start = copy.deepcopy(student.state_dict())
-    list(looprpt.train("rpt", student, SUMS, rows(), device=CPU))
+    list(looprpt.train(looprpt.begin("rpt", student, SUMS), SUMS, rows(), device=CPU))
     assert len(seen) == 2
     assert all(a.equal(b) for a, b in zip(seen[0][0].values(), start.values(), strict=True)), "it starts as the student"
     assert all(a.equal(b) for a, b in zip(seen[1][0].values(), seen[0][1].values(), strict=True)), (
@@ -347,7 +355,7 @@ def test_training_repeats_bit_for_bit_from_its_seed():
     for seed in (0, 0, 1):
         student = LoopedTransformer(replace(SHAPE, vocab_size=8), generator=data.seeded(seed))
         config = Config(seed=seed, data=DataConfig(operands=4), train=TrainConfig(batch=16), rpt=RPTConfig(steps=3))
-        list(looprpt.train("rpt", student, config, None, device=CPU))
+        list(looprpt.train(looprpt.begin("rpt", student, config), config, None, device=CPU))
         runs.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
     assert runs[0].equal(runs[1])
     assert not runs[0].equal(runs[2])
@@ -363,6 +371,6 @@ def test_every_step_process_micro_batch_and_seed_has_its_own_noise(monkeypatch):
     monkeypatch.setattr(looprpt, "rpt_step", noting)
     for seed, rank in ((0, 0), (0, 1), (1, 0)):
         config = replace(SUMS, seed=seed, train=replace(SUMS.train, batch=4, micro_batch=1))
-        list(looprpt.train("rpt", make(0), config, rows(), device=CPU, rank=rank, world=2))
+        list(looprpt.train(looprpt.begin("rpt", make(0), config), config, rows(), device=CPU, rank=rank))
     assert len(seeds) > 9, "two steps of one or two rows, three times"
     assert len({*seeds}) == len(seeds)

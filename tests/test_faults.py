@@ -1,0 +1,483 @@
+"""Runs that are cut off, and what is lost: nothing that had been saved."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+import looprpt
+import model
+from model import LoopedTransformer
+
+ROOT = Path(__file__).parent.parent
+SMALL = """--data.operands 3 --model.loops 3 --model.width 16 --model.heads 2 --data.val-rows 64 --train.batch 8
+    --pretrain.steps 30 --rpt.steps 20 --train.save-every 4 --rpt.estimator sampled --rpt.rollouts 3""".split()
+TIMES = {"tokens_per_s", "mfu", "memory_gib"}  # what two equal runs may differ in
+
+
+def command(out, *args, processes=1):
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*start, str(ROOT / "looprpt.py"), *SMALL, "--out", str(out), *map(str, args)]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+
+
+def call(monkeypatch, out, *args):
+    """Run in this process, which is faster."""
+    monkeypatch.setattr(sys, "argv", ["looprpt.py", *SMALL, "--out", str(out), *map(str, args)])
+    model.report(looprpt.main)
+
+
+def refused(monkeypatch, out, *args) -> str:
+    with pytest.raises(SystemExit) as error:
+        call(monkeypatch, out, *args)
+    return str(error.value.code).removeprefix("error: ")
+
+
+def log_of(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def same(out, straight):
+    """Weights, teacher, moments and metrics, bit for bit."""
+    files = [f.relative_to(straight) for f in straight.rglob("*.safetensors")]
+    assert len(files) > 6
+    for file in files:
+        found, expected = load_file(out / file), load_file(straight / file)
+        assert found.keys() == expected.keys(), file
+        assert all(found[name].equal(expected[name]) for name in expected), file
+    assert log_of(out) == log_of(straight)
+    assert (
+        json.loads((out / "results.json").read_text())["models"]
+        == json.loads((straight / "results.json").read_text())["models"]
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing happened to."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        call(patch, out)
+    return out
+
+
+class Cut(BaseException):
+    """The process dies here."""
+
+
+def cut_at(monkeypatch, name, calls, owner=looprpt):
+    """Make the n-th call of a function the last thing that happens."""
+    inner, left = getattr(owner, name), [calls]
+
+    def wrapped(*args, **how):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Cut
+        return inner(*args, **how)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+# What is saved
+
+
+def test_a_saved_state_holds_all_that_a_run_needs_and_only_the_newest_stay(straight):
+    assert [state.name for state in looprpt.states(straight)] == ["rpt-000020", "rpt-000016"]
+    state = straight / "state" / "rpt-000020"
+    assert {p.name for p in state.iterdir()} == {"state.json", "student", "teacher", "moments"}
+    student, teacher, final = (model.load(x) for x in (state / "student", state / "teacher", straight / "rpt"))
+    assert all(a.equal(b) for a, b in zip(student.parameters(), final.parameters(), strict=True))
+    assert not all(a.equal(b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
+    moments = load_file(state / "moments" / "model.safetensors")
+    assert moments.keys() == {
+        f"{kind}.{n}" for kind in ("exp_avg", "exp_avg_sq") for n, _ in student.named_parameters()
+    }
+    info = json.loads((state / "state.json").read_text())
+    assert (info["stage"], info["step"], info["skipped"]) == ("rpt", 20, 0)
+    assert looprpt.flaw(state) is None
+
+
+# Going on
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 13, 30, 31, 35, 49])
+def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(straight, tmp_path, monkeypatch, step):
+    """At several steps of both stages, before the first save and between two of them; bit for bit."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        cut_at(patch, "count", step)
+        with pytest.raises(Cut):
+            call(patch, out)
+    call(monkeypatch, out, "--resume")
+    same(out, straight)
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_a_run_that_was_cut_while_it_saved_goes_on_too(straight, tmp_path, monkeypatch, stop):
+    """At every rename and every file of the first saves."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        cut_at(patch, "sync" if stop % 2 else "save_file", stop * 3, owner=model)
+        with pytest.raises(Cut):
+            call(patch, out)
+    call(monkeypatch, out, "--resume")
+    same(out, straight)
+
+
+def test_resuming_needs_no_other_flag_and_refuses_another_run(straight, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        cut_at(patch, "count", 20)
+        with pytest.raises(Cut):
+            call(patch, out)
+    assert refused(monkeypatch, out).startswith(f"--out {out} holds another run (state): nothing saved is overwritten")
+    message = refused(monkeypatch, out, "--resume", "--model.width", 32)
+    assert message == f"--model.width 32 contradicts the run in {out}, which has 16: leave the flag out"
+    assert "--data.operands 4 contradicts" in refused(monkeypatch, out, "--resume", "--data.operands", 4)
+    assert "--seed 1 contradicts" in refused(monkeypatch, out, "--resume", "--seed", 1)
+    monkeypatch.setattr(sys, "argv", ["looprpt.py", "--out", str(out), "--resume"])
+    model.report(looprpt.main)
+    same(out, straight)
+    assert len(json.loads((out / "run.json").read_text())["starts"]) == 2
+
+
+def test_resuming_where_nothing_was_run_starts_a_run(straight, tmp_path, monkeypatch):
+    call(monkeypatch, tmp_path / "out", "--resume")
+    same(tmp_path / "out", straight)
+
+
+def test_a_finished_run_resumed_changes_nothing(straight, tmp_path, monkeypatch):
+    shutil.copytree(straight, tmp_path / "out")
+    call(monkeypatch, tmp_path / "out", "--resume")
+    same(tmp_path / "out", straight)
+
+
+def test_a_checkpoint_in_bf16_does_not_cost_the_next_stage_its_precision(straight, tmp_path, monkeypatch):
+    for cut in (False, True):
+        out = tmp_path / f"out{cut}"
+        with monkeypatch.context() as patch:
+            if cut:
+                cut_at(patch, "count", 32)
+                with pytest.raises(Cut):
+                    call(patch, out, "--save-dtype", "bf16")
+        call(monkeypatch, out, *["--resume"] * cut, "--save-dtype", "bf16")
+    for name in ("student", "teacher"):
+        files = [x / "state" / "rpt-000020" / name / "model.safetensors" for x in (straight, *tmp_path.glob("out*"))]
+        assert len({f.read_bytes() for f in files}) == 1
+    base = load_file(tmp_path / "outTrue" / "base" / "model.safetensors")
+    assert {x.dtype for x in base.values()} == {torch.bfloat16}
+
+
+# Damaged and foreign states
+
+
+def partial_run(monkeypatch, out, steps):
+    with monkeypatch.context() as patch:
+        cut_at(patch, "count", steps)
+        with pytest.raises(Cut):
+            call(patch, out)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: os.truncate(s / "student" / "model.safetensors", 100),
+        lambda s: os.truncate(s / "moments" / "model.safetensors", 0),
+        lambda s: (s / "state.json").write_text("{"),
+        lambda s: (s / "state.json").unlink(),
+        lambda s: (s / "student" / "config.json").unlink(),
+        lambda s: flip(s / "teacher" / "model.safetensors"),
+    ],
+    ids=["student cut", "moments empty", "state not JSON", "no state", "no config", "one bit"],
+)
+def test_a_damaged_newest_state_is_passed_over(straight, tmp_path, monkeypatch, capsys, damage):
+    out = tmp_path / "out"
+    partial_run(monkeypatch, out, 43)
+    first, second = looprpt.states(out)
+    damage(first)
+    capsys.readouterr()
+    call(monkeypatch, out, "--resume")
+    shown = capsys.readouterr().out
+    assert f"{first} is passed over (" in shown
+    assert f"rpt goes on after step 8, from {second}" in shown
+    same(out, straight)
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def test_if_every_state_is_damaged_the_stage_starts_again(straight, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    partial_run(monkeypatch, out, 45)
+    for state in looprpt.states(out):
+        (state / "state.json").write_text("{}")
+    call(monkeypatch, out, "--resume")
+    same(out, straight)
+
+
+def test_a_state_of_another_model_is_refused_by_name(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    partial_run(monkeypatch, out, 43)
+    state = looprpt.states(out)[0]
+    shutil.rmtree(state / "student")
+    model.save(LoopedTransformer(replace(model.load_config(out / "base"), width=24)), state / "student")
+    info = json.loads((state / "state.json").read_text())
+    info["sha256"] = {name: looprpt.checksum(state / name) for name in info["sha256"]}
+    (state / "state.json").write_text(json.dumps(info))
+    message = refused(monkeypatch, out, "--resume")
+    assert message == f"{state} is of another model: its width is 24, this run's 16; remove it"
+
+
+# Steps that go wrong
+
+
+def poison(monkeypatch, bad):
+    """Make the loss of these calls of the RL step not finite."""
+    inner, calls = looprpt.rpt_step, iter(range(1, 10_000))
+
+    def poisoned(*args, **how):
+        found = inner(*args, **how)
+        return found._replace(loss=found.loss * float("nan")) if next(calls) in bad else found
+
+    monkeypatch.setattr(looprpt, "rpt_step", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    poison(monkeypatch, {3, 4, 9})
+    seen, inner = [], looprpt.update_teacher
+    monkeypatch.setattr(looprpt, "update_teacher", lambda *a: seen.append(1) or inner(*a))
+    call(monkeypatch, tmp_path / "out")
+    rpt = [line for line in log_of(tmp_path / "out") if line["stage"] == "rpt"]
+    assert [line["skipped"] for line in rpt] == [0, 0, 1, 2, 2, 2, 2, 2] + [3] * 12
+    assert [line["step"] for line in rpt if line["grad_norm"] is None] == [3, 4, 9]
+    assert len(seen) == 17
+    assert all(p.isfinite().all() for p in model.load(tmp_path / "out" / "rpt").parameters())
+    info = json.loads((tmp_path / "out" / "state" / "rpt-000020" / "state.json").read_text())
+    assert info["skipped"] == 3
+
+
+def test_a_run_with_skipped_steps_goes_on_the_same(tmp_path, monkeypatch):
+    for name in ("straight", "cut"):
+        out = tmp_path / name
+        with monkeypatch.context() as patch:
+            poison(patch, {3, 9})
+            if name == "cut":
+                cut_at(patch, "count", 30 + 13)
+                with pytest.raises(Cut):
+                    call(patch, out)
+            else:
+                call(patch, out)
+    call(monkeypatch, tmp_path / "cut", "--resume")
+    same(tmp_path / "cut", tmp_path / "straight")
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_at_its_last_good_state(tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 6, 7, 8, 9})
+    message = refused(monkeypatch, tmp_path / "out", "--train.max-bad-steps", 3)
+    state = tmp_path / "out" / "state" / "rpt-000004"
+    assert message == (
+        "the loss or its gradient was not finite in 3 steps in a row, up to rpt step 8: "
+        f"the last good checkpoint is {state}; try a smaller --rpt.lr than 0.001"
+    )
+    assert looprpt.flaw(state) is None
+    assert not (tmp_path / "out" / "state" / "rpt-000008").exists(), "a bad step's weights are not saved"
+
+
+# Signals, disks
+
+
+def wait_for(out, stage, step, process, seconds=60):
+    """Until the log has this step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        log = out / "log.jsonl"
+        if log.exists() and f'"stage": "{stage}", "step": {step},' in log.read_text():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{stage} step {step} was not seen: {process.communicate()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_the_step_with_a_save_and_status_0(tmp_path, number):
+    out = tmp_path / "out"
+    many = ["--pretrain.steps", 100_000, "--train.save-every", 100_000]
+    with subprocess.Popen(
+        command(out, *many), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    ) as run:
+        wait_for(out, "pretrain", 5, run)
+        run.send_signal(number)
+        shown, error = run.communicate(timeout=60)
+    assert run.returncode == 0, error
+    (state,) = looprpt.states(out)
+    assert f"stopped by {number.name}, saved in {state}: --resume goes on" in " ".join(shown.split())
+    assert looprpt.flaw(state) is None
+    assert log_of(out)[-1]["step"] == int(state.name.partition("-")[2]), "the last step is in the log and in the state"
+    assert json.loads((out / "run.json").read_text())["finished"] is None
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence_and_leaves_what_was_saved(straight, tmp_path, monkeypatch):
+    """A disk of a few hundred KiB, where it can be had; else a system call that says it is full."""
+    disk, out = tmp_path / "disk", tmp_path / "disk" / "out"
+    disk.mkdir()
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True, check=False
+        ).returncode
+    )
+    try:
+        with monkeypatch.context() as patch:
+            if not mounted:
+                inner, left = model.save_file, [9]
+
+                def full(*args, **how):
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise OSError(28, "No space left on device")
+                    inner(*args, **how)
+
+                patch.setattr(model, "save_file", full)
+            message = refused(patch, out, "--train.keep", 100)
+        assert "can't be written" in message
+        assert "what was saved before is intact" in message
+        found = looprpt.states(out)
+        assert found
+        assert all(looprpt.flaw(state) is None for state in found)
+        assert not [p for p in (out / "state").iterdir() if p.name.startswith(".")], "nothing half-written stays"
+        shutil.copytree(out, tmp_path / "out")
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(disk)], check=True)
+    call(monkeypatch, tmp_path / "out", "--resume", "--train.keep", 2)
+    same(tmp_path / "out", straight)
+
+
+# Processes
+
+
+def test_a_process_that_dies_ends_the_others_in_a_sentence(tmp_path):
+    out, many = tmp_path / "out", ["--pretrain.steps", 100_000, "--train.save-every", 5, "--train.timeout", 20]
+    port = str(random.randrange(20_000, 60_000))
+    runs = []
+    for rank in range(2):
+        env = ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        env |= {"MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
+        runs.append(
+            subprocess.Popen(command(out, *many), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        )
+    try:
+        wait_for(out, "pretrain", 12, runs[0])
+        runs[1].kill()
+        start = time.monotonic()
+        _, error = runs[0].communicate(timeout=60)
+        assert time.monotonic() - start < 40
+    finally:
+        for run in runs:
+            run.kill()
+            run.communicate()
+    assert runs[0].returncode == 1
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("error: another process is gone (")
+    assert f"--resume goes on from {out / 'state' / 'pretrain-0000'}" in last
+    assert "Traceback" not in error
+    assert looprpt.flaw(looprpt.states(out)[0]) is None
+
+
+def go_on(rank, world, out, kind, meet):
+    """One of several processes that take up a run; without noise, which depends on the process."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=meet)
+    sys.argv = ["looprpt.py", *SMALL, *QUIET, "--out", out, "--resume", "--dist", kind]
+    looprpt.main()
+
+
+def close(folder, other):
+    found, expected = (load_file(x / "model.safetensors") for x in (folder, other))
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+QUIET = "--rpt.noise-std 0 --rpt.estimator exact".split()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch, kind):
+    """One process, then two, then one: as one process alone would have done, up to rounding."""
+    with monkeypatch.context() as patch:
+        call(patch, tmp_path / "straight", *QUIET)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        cut_at(patch, "count", 20)
+        with pytest.raises(Cut):
+            call(patch, out, *QUIET)
+    mp.spawn(go_on, (2, str(out), kind, str(random.randrange(20_000, 60_000))), nprocs=2)
+    assert [s["processes"] for s in json.loads((out / "run.json").read_text())["starts"]] == [1, 2]
+    for name in (
+        "rpt/model.safetensors",
+        "state/rpt-000020/teacher/model.safetensors",
+        "state/rpt-000020/moments/model.safetensors",
+    ):
+        found, expected = load_file(out / name), load_file(tmp_path / "straight" / name)
+        assert found.keys() == expected.keys()
+        for key in expected:
+            torch.testing.assert_close(
+                found[key], expected[key], rtol=1e-4, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
+            )
+    shutil.rmtree(out / "rpt")
+    (out / "results.json").unlink()
+    shutil.rmtree(looprpt.states(out)[0])
+    call(monkeypatch, out, *QUIET, "--resume")
+    close(out / "rpt", tmp_path / "straight" / "rpt")
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments_lose_nothing(straight, tmp_path):
+    """SIGKILL, again and again; what was saved is sound each time, and the end is the straight run's, bit for bit."""
+    out, moments = tmp_path / "out", random.Random(0)
+    kills, started = 0, time.monotonic()
+    while kills < 30:
+        often = ["--train.save-every", 1, "--resume"]  # so that many kills fall into a save
+        with subprocess.Popen(
+            command(out, *often), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT
+        ) as run:
+            steps = (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+            wait = time.monotonic() + 30
+            while time.monotonic() < wait and run.poll() is None:  # it is under way
+                if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") > steps:
+                    break
+                time.sleep(0.005)
+            time.sleep(moments.uniform(0, 0.15))
+            run.kill()
+            run.communicate()
+        kills += 1
+        before = looprpt.states(out)
+        assert len(before) <= 4
+        sound = [state for state in before if looprpt.flaw(state) is None]
+        assert sound or kills < 3, "a sound state is there after every kill"
+        if (out / "results.json").exists():
+            shutil.rmtree(out)  # it got to its end: once more from the start
+    subprocess.run(command(out, "--resume"), check=True, env=ENVIRONMENT, capture_output=True)
+    same(out, straight)
+    assert time.monotonic() - started < 600
