@@ -2,9 +2,11 @@
 
 python bench.py decode                       what exits that stop save, one prompt
 python bench.py decode out/rpt --batch 16    a checkpoint's own gate, sixteen prompts at once
+python bench.py plan --shape ouro-2.6b --gpus 8      memory and time of training, before it is tried
 """
 
 import json
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -16,9 +18,11 @@ import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import data
 import eval
+import looprpt
 import model
 import sample
 from model import LoopedTransformer, ModelConfig, Precision, UserError, pick_device, report
@@ -136,8 +140,113 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
         config.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# What training will need
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    shape: Shape = "ouro-2.6b"  # of the model
+    gpus: tuple[int, ...] = (1, 2, 4, 8, 16, 64, 256, 1024)  # a row of the table for each number
+    per_machine: int = 8  # GPUs of a machine, the most that share one copy of the model
+    objective: looprpt.Stage = "rpt"  # what is trained
+    dist: Literal["ddp", "fsdp"] = "fsdp"  # each GPU a whole copy, or a shard of it
+    checkpoint: bool = True  # keep no layer's inside for the backward pass, as --train.checkpoint
+    rows: int = 1  # rows of a forward pass of one GPU, as --train.micro-batch
+    batch: int = 64  # rows in a step, over all GPUs
+    length: int = 4096  # tokens in a row
+    rollouts: int = 1  # G, as --rpt.rollouts
+    rho: float = 0.2  # share of the tokens that is hard, as --rpt.rho
+    peak: float = 989.0  # a GPU's bfloat16 teraflops, by its vendor (989: H100, H200)
+    mfu: float = 0.4  # share of it that is reached: measure it, log.jsonl has it; this is a guess
+
+    def check(self) -> None:
+        """Raise UserError for a value outside its range."""
+        for name in ("per_machine", "rows", "batch", "length", "rollouts"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1: give a positive number")
+        if not self.gpus or not all(1 <= n <= 1024 for n in self.gpus):
+            raise UserError(f"--gpus {' '.join(map(str, self.gpus))}: give numbers from 1 to 1024")
+        for name, most in (("mfu", 1), ("rho", 1), ("peak", math.inf)):
+            if not 0 < getattr(self, name) <= most:
+                raise UserError(f"--{name} {getattr(self, name)} is out of its range: give a number above 0, to {most}")
+
+
+def saved_bytes(shape: ModelConfig, rows: int, length: int) -> int:
+    """What one loop keeps for the backward pass, under bfloat16 autocast: by running it on tensors without memory."""
+    kept = {}
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with FakeTensorMode():
+        net = LoopedTransformer(replace(shape, vocab_size=8))
+        state = torch.zeros(rows, length, shape.width, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            out = net(state, loops=1)
+        weights = {p.untyped_storage()._cdata for p in net.parameters()}
+        assert out.hidden.requires_grad
+        return sum(size for key, size in kept.items() if key not in weights)
+
+
+def memory(config: PlanConfig, gpus: int) -> dict[str, float]:
+    """Bytes on each GPU at the peak of a step, by what they hold."""
+    c = SHAPES[config.shape].resolved()
+    with torch.device("meta"):
+        n = sum(p.numel() for p in LoopedTransformer(c).parameters())
+        layer = sum(p.numel() for p in LoopedTransformer(replace(c, layers=1)).layers.parameters())
+    shards = min(gpus, config.per_machine) if config.dist == "fsdp" else 1
+    tokens, rpt = config.rows * config.length, config.objective == "rpt"
+    one, two = (saved_bytes(replace(c, layers=k), config.rows, config.length) for k in (1, 2))
+    inside, state = two - one - 2 * layer, 4 * tokens * c.width  # of a layer in one loop, without its bfloat16 weights
+    loops = {"pretrain": c.loops, "gate": 0, "rpt": c.loops + config.rollouts * max(0, c.loops - 2)}[config.objective]
+    kept = c.layers * loops * state + inside if config.checkpoint else c.layers * loops * inside
+    words = tokens * (config.rho if rpt else 1) * c.loops * c.vocab_size
+    trained = c.width + 1 if config.objective == "gate" else n
+    return {
+        "weights": 4 * n / shards,
+        "grads": 4 * trained / shards,
+        "moments": 8 * trained / shards,
+        "teacher": 4 * n / shards if rpt else 0.0,
+        "gathered": (4 * n + 4 * trained) * (shards > 1) + 2 * n,  # and the weights in bfloat16
+        "layers": kept + 3 * loops * state,  # each loop's state, before and after its norm, and stacked
+        "head": 3 * 4 * words,  # logits, their log-probabilities, a gradient
+    }
+
+
+def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
+    """GiB on each GPU at the peak of a training step, and the seconds that a step takes.
+
+    Computed, not measured: what a layer keeps comes from running it on tensors without memory, the time from --mfu.
+    """
+    config.check()
+    c, gib = SHAPES[config.shape].resolved(), 2**30
+    ids = torch.zeros(config.batch, config.length, dtype=torch.long)
+    cfg = looprpt.RPTConfig(rollouts=config.rollouts, rho=config.rho)
+    flops = looprpt.step_flops(config.objective, c, cfg, data.Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)))
+    table = Table(title=f"{config.objective}, {config.shape}, {config.dist}: GiB per GPU", title_justify="left")
+    table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
+    parts = {gpus: memory(config, gpus) for gpus in config.gpus}
+    for head in ("GPUs", *parts[config.gpus[0]], "all", "s/step"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for gpus, sizes in parts.items():
+        turns = (
+            -(-config.batch // (gpus * config.rows)) * config.rows * gpus / config.batch
+        )  # above 1 if some GPUs idle
+        seconds = flops * turns / (gpus * config.peak * 1e12 * config.mfu)
+        cells = [f"{size / gib:.1f}" for size in (*sizes.values(), sum(sizes.values()))]
+        table.add_row(str(gpus), *cells, f"{seconds:.2f}")
+    console.print(table)
+    cache = 2 * c.layers * c.loops * c.kv_heads * c.head_dim * 2 // 2**10
+    console.print(
+        f"{config.batch} rows of {config.length} tokens a step, {config.rows} at once. --mfu {config.mfu} is a guess "
+        f"until it is measured. Generation's cache in bf16: {cache} KiB a token, {cache // c.loops} with --cache last."
+    )
+
+
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"decode": decode})
+    tyro.extras.subcommand_cli_from_dict({"decode": decode, "plan": plan})
 
 
 if __name__ == "__main__":

@@ -151,9 +151,7 @@ class Config:
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
     save_dtype: DType = "fp32"  # of the weights in the final checkpoints; training keeps float32
-    dist: Literal["auto", "ddp", "fsdp"] = (
-        "auto"  # each process a whole copy, or a shard of it (auto: as memory allows)
-    )
+    dist: Literal["auto", "ddp", "fsdp"] = "auto"  # each process a whole copy, or a shard (auto: as memory allows)
     logger: Literal["none", "tensorboard", "wandb"] = "none"  # where the numbers go besides log.jsonl
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -571,12 +569,12 @@ def train(
                 else:
                     generator = data.seeded(config.seed, "noise", run.step, rank, i, device=device)
                     found = rpt_step(run.student, run.teacher, micro, cfg, counts=counts, generator=generator)
+            gather_no_more(run.teacher)
             found.loss.backward()
             for name, value in found.measured.items():
                 measured[name] += value
             measured["flops"] += step_flops(stage, run.student.config, cfg, micro)
-        for net in (run.student, run.teacher):
-            gather_no_more(net)
+        gather_no_more(run.student)
         now = dict(zip(measured, sum_over_processes(torch.stack([*measured.values()])).tolist(), strict=True))
         now["grad_norm"] = whole(clip_grad_norm_(parameters, config.train.clip)).item()
         if math.isfinite(now["loss"]) and math.isfinite(now["grad_norm"]):
@@ -1057,7 +1055,7 @@ def saving(run: Run, config: Config, steps: Iterator[dict]) -> Iterator[dict]:
     for now in steps:
         yield now
         last = run.stopped or run.step == getattr(config, run.stage).steps
-        if (last or run.step % config.train.save_every == 0) and run.bad == 0:
+        if last or (run.step % config.train.save_every == 0 and run.bad == 0):
             save_run(run, config.folder, config.train.keep)
 
 

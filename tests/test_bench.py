@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 import bench
 import data
@@ -53,3 +54,47 @@ def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
 def test_mistakes_are_refused_in_a_sentence(monkeypatch, flags, message):
     with pytest.raises(SystemExit, match=message):
         call(monkeypatch, "decode", *flags.split())
+
+
+def test_what_a_loop_keeps_is_what_real_tensors_keep():
+    """The plan's tensors without memory, against a forward pass that is really run."""
+    net, kept = LoopedTransformer(bench.replace(SHAPE, layers=2, vocab_size=8)), {}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        held.append(x)  # so that no address is used twice
+        return x
+
+    held, state = [], torch.zeros(3, 10, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        net(state, loops=1)
+    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    expected = sum(size for at, size in kept.items() if at not in weights)
+    found = bench.saved_bytes(bench.replace(SHAPE, layers=2), 3, 10)
+    assert found == pytest.approx(expected, rel=0.02)
+    more = bench.saved_bytes(bench.replace(SHAPE, layers=2), 6, 10)
+    assert found < more < 2 * found, "the copies of the weights in bfloat16 stay the same"
+
+
+def test_the_plan_adds_up(monkeypatch, capsys):
+    config = bench.PlanConfig(shape="ouro-1.4b", dist="ddp")
+    n = 1_434_652_673
+    one = bench.memory(config, 1)
+    assert (one["weights"], one["grads"], one["moments"], one["teacher"]) == (4 * n, 4 * n, 8 * n, 4 * n)
+    assert one == bench.memory(config, 8), "copies don't shrink"
+    fsdp = bench.memory(bench.PlanConfig(shape="ouro-1.4b"), 8)
+    assert [fsdp[k] * 8 for k in ("weights", "grads", "moments", "teacher")] == [4 * n, 4 * n, 8 * n, 4 * n]
+    assert fsdp["gathered"] == 4 * n + 4 * n + 2 * n
+    assert bench.memory(bench.PlanConfig(shape="ouro-1.4b", objective="gate"), 1)["moments"] == 8 * 2049
+    whole = bench.memory(bench.PlanConfig(shape="ouro-1.4b", checkpoint=False), 8)["layers"]
+    assert whole > 10 * fsdp["layers"]
+    call(monkeypatch, "plan", "--shape", "ouro-1.4b", "--gpus", 1, 1024)
+    shown = capsys.readouterr().out
+    assert "768 KiB a token, 192 with" in " ".join(shown.split())
+    for flags, message in (
+        ("--gpus 0", "--gpus 0: give numbers from 1 to 1024"),
+        ("--mfu 0", "--mfu 0.0 is out of its range"),
+        ("--rows 0", "--rows 0 is below 1"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            call(monkeypatch, "plan", *flags.split())
