@@ -2,6 +2,7 @@
 
 python bench.py decode                       what exits that stop save, one prompt
 python bench.py decode out/rpt --batch 16    a checkpoint's own gate, sixteen prompts at once
+python bench.py cache text/rpt --data.path val.jsonl     what the cache of early exits costs in accuracy
 python bench.py plan --shape ouro-2.6b --gpus 8      memory and time of training, before it is tried
 """
 
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 import tyro
 from rich import box
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,7 +28,7 @@ import eval
 import looprpt
 import model
 import sample
-from model import LoopedTransformer, ModelConfig, Precision, UserError, pick_device, report
+from model import Cache, LoopedTransformer, ModelConfig, Precision, UserError, pick_device, report
 from sample import CacheRule, Exit, generate
 
 console = Console()
@@ -46,6 +49,24 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Loop
         gate = net.early_exit_gate.weight.data
         gate.normal_(std=1.5 * wide.width**-0.5, generator=data.seeded("gate", device=device))
     return net.eval()
+
+
+def check_thresholds(thresholds: tuple[float, ...]) -> None:
+    if not all(0 <= t <= 1 for t in thresholds):
+        raise UserError(f"--thresholds {' '.join(map(str, thresholds))}: give numbers from 0 to 1")
+
+
+def check_out(out: Path | None) -> None:
+    if out and out.exists():
+        raise UserError(f"--out {out} is there already: nothing saved is overwritten, give another name")
+    if out:
+        eval.make_folder(out.parent)
+
+
+def write(out: Path | None, found: dict, device: torch.device) -> None:
+    """A result as JSON, with what made it."""
+    if out:
+        out.write_text(json.dumps(found | eval.provenance(device), indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,10 +94,8 @@ class DecodeConfig:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1: give a positive number")
         if self.tokens < 2:
             raise UserError(f"--tokens {self.tokens} is below 2: the first one comes from the prompt, give 2 or more")
-        if not all(0 <= t <= 1 for t in self.thresholds):
-            raise UserError(f"--thresholds {' '.join(map(str, self.thresholds))}: give numbers from 0 to 1")
-        if self.out and self.out.exists():
-            raise UserError(f"--out {self.out} is there already: nothing saved is overwritten, give another name")
+        check_thresholds(self.thresholds)
+        check_out(self.out)
 
 
 def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
@@ -91,6 +110,11 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     else:
         dtype = config.dtype if config.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
         net = random_model(config.shape, device, model.DTYPES[dtype])
+    if config.prompt_tokens + config.tokens > net.config.max_positions:
+        raise UserError(
+            f"--prompt-tokens {config.prompt_tokens} and --tokens {config.tokens} are more than the model's "
+            f"{net.config.max_positions} positions: give less"
+        )
     generator = data.seeded("prompts")
     prompts = torch.randint(net.config.vocab_size, (config.batch, config.prompt_tokens), generator=generator).tolist()
 
@@ -128,16 +152,106 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
         speeds = f"{r['tokens_per_s']:.1f}", f"{r['loops']:.2f}", f"{r['speedup']:.2f}", f"{r['ideal']:.2f}"
         table.add_row(label, *speeds, f"{r['of_ideal']:.2f}")
     console.print(table)
-    if config.out:
-        found = {
-            "decode": name,
-            "batch": config.batch,
-            "cache": config.cache,
-            "dtype": str(net.embed_tokens.weight.dtype),
-        }
-        found |= {"rows": rows} | eval.provenance(device)
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(found, indent=1) + "\n")
+    dtype = str(net.embed_tokens.weight.dtype)
+    found = {"decode": name, "batch": config.batch, "cache": config.cache, "dtype": dtype, "rows": rows}
+    write(config.out, found, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the cache of early exits costs
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    folder: Annotated[Path, tyro.conf.Positional]  # checkpoint folder
+    data: data.DataConfig  # a file that was not trained on
+    thresholds: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 1.0)  # of the gate's cumulative exit probability
+    rows: int = 200  # documents, the first of the file
+    batch: int = 32  # of them side by side
+    device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
+    dtype: Precision = "auto"  # of weights and cache (auto: as stored)
+    out: Path | None = None  # where to write the table as JSON
+
+    def check(self) -> None:
+        """Raise UserError for a value outside its range."""
+        self.data.check()
+        if not self.data.path:
+            raise UserError("no --data.path was given: the caches are compared on documents, give a file of them")
+        for name in ("rows", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)} is below 1: give a positive number")
+        check_thresholds(self.thresholds)
+        check_out(self.out)
+
+
+@torch.no_grad()
+def forced(net: LoopedTransformer, rows: list[data.Row], threshold: float, rule: CacheRule) -> tuple[int, int, int]:
+    """Decode given responses token by token. Returns tokens, how many were the likeliest where they left, and loops."""
+    device, dtype, depth = net.embed_tokens.weight.device, net.embed_tokens.weight.dtype, net.config.loops
+    prompts, ends = [row.prompt for row in rows], [len(row.ids) - 1 for row in rows]
+    ids = torch.zeros(len(rows), max(ends) + 1, dtype=torch.long)
+    for b, row in enumerate(rows):
+        ids[b, : len(row.ids)] = torch.tensor(row.ids)
+    ids = ids.to(device)
+    slots = 1 if rule == "last" else depth
+    cache = Cache(net.config, len(rows), max(ends), slots=slots, device=device, dtype=dtype)
+    net.prefill(ids[:, : max(prompts)], cache, depth)
+    tokens = right = loops = 0
+    for i in range(max(end - prompt for end, prompt in zip(ends, prompts, strict=True))):
+        live = [b for b in range(len(rows)) if prompts[b] + i < ends[b]]
+        at = [prompts[b] + i for b in live]
+        state = net.embed_tokens(ids[live, at])  # R D
+        answer, took, log_stay = torch.empty_like(state), [0] * len(live), torch.zeros(len(live), device=device)
+        for loop in range(depth):
+            on = [k for k in range(len(live)) if rule == "full" or not took[k]]
+            where = ([live[k] for k in on], [loop] * len(on), [at[k] for k in on])
+            if on:
+                state[on] = net.decode(state[on], cache, *where)
+            log_stay = log_stay + F.logsigmoid(-net.gate(state))
+            enough = ((-torch.expm1(log_stay) >= threshold) & (threshold < 1)).tolist()
+            for k in on:
+                if not took[k] and (enough[k] or loop == depth - 1):
+                    took[k], answer[k] = loop + 1, state[k]
+        if rule == "copy":
+            cache.fill(live, took, at)
+        logits = net.logits(answer)  # R V
+        right += (logits.argmax(-1) == ids[live, [p + 1 for p in at]]).sum().item()
+        tokens, loops = tokens + len(live), loops + sum(took)
+    return tokens, right, loops
+
+
+def cache(config: Annotated[CacheConfig, tyro.conf.arg(name="")]) -> None:
+    """Accuracy of next tokens of given responses, decoded step by step, with each rule for what an early exit leaves in
+    the cache; 'full' is exact."""
+    config.check()
+    device = pick_device(config.device)
+    net, tokenizer = sample.load(config.folder, device, config.dtype)
+    rows, notes = data.encode(config.data.path, tokenizer, config.data)
+    rows = sorted((r for r in rows if len(r.ids) > r.prompt + 1), key=lambda r: len(r.ids))
+    rows = sorted(rows[:: -(-len(rows) // config.rows)], key=lambda r: len(r.ids))
+    console.print(*notes, sep="\n", end="\n" * bool(notes), soft_wrap=True)
+    found = []
+    for rule in ("full", "copy", "last"):
+        for threshold in track(config.thresholds, f"cache '{rule}'"):
+            parts = [rows[i : i + config.batch] for i in range(0, len(rows), config.batch)]
+            counts = [forced(net, part, threshold, rule) for part in parts]
+            tokens, right, loops = (sum(x) for x in zip(*counts, strict=True))
+            found.append(
+                {
+                    "cache": rule,
+                    "threshold": threshold,
+                    "tokens": tokens,
+                    "accuracy": right / tokens,
+                    "loops": loops / tokens,
+                }
+            )
+    table = Table(title=f"accuracy in % at average loops, {config.folder}", title_justify="left", box=box.SIMPLE_HEAD)
+    for head in ("cache", *(f"q={t:g}" for t in config.thresholds)):
+        table.add_column(head, justify="right")
+    for rule in ("full", "copy", "last"):
+        table.add_row(rule, *(f"{100 * r['accuracy']:.1f} at {r['loops']:.2f}" for r in found if r["cache"] == rule))
+    console.print(table)
+    write(config.out, {"cache": str(config.folder), "rows": found}, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,7 +360,7 @@ def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
 
 
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"decode": decode, "plan": plan})
+    tyro.extras.subcommand_cli_from_dict({"decode": decode, "cache": cache, "plan": plan})
 
 
 if __name__ == "__main__":

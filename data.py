@@ -195,7 +195,7 @@ def check_vocabulary(tokenizer: Tokenizer, checkpoint: Path) -> None:
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def is_chain(tokenizer: Tokenizer) -> bool:

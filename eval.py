@@ -222,11 +222,15 @@ class HarnessConfig:
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
+        if self.num_fewshot is not None and self.num_fewshot < 0:
+            raise UserError(f"--num-fewshot {self.num_fewshot} is below 0: give a number of examples")
         for name in ("batch", "max_tokens", "limit", "loops"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} is below 1: give a positive number")
         if self.out and self.out.exists():
             raise UserError(f"--out {self.out} is there already: nothing saved is overwritten, give another name")
+        if self.out:
+            make_folder(self.out.parent)
         if self.include_path and not self.include_path.is_dir():
             raise UserError(f"--include-path {self.include_path} is not a folder: give one that holds task files")
 
@@ -306,8 +310,18 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
 
         def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
             asked = [normalize_gen_kwargs(request.args[1], config.max_tokens) for request in requests]
+            for how in asked:
+                if how.get("top_k"):
+                    raise UserError(
+                        f"a task asks for top_k {how['top_k']}, which is not known here: leave the task out"
+                    )
+                if how["do_sample"] and not how.get("temperature"):
+                    how["temperature"] = 1.0
             prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-            prompts = [p[-max(1, most - how["max_gen_toks"]) :] for p, how in zip(prompts, asked, strict=True)]
+            room = [max(1, most - how["max_gen_toks"]) for how in asked]
+            if cut := sum(len(p) > n for p, n in zip(prompts, room, strict=True)):
+                console.print(f"{cut} of {len(prompts)} prompts lose their start: {most} positions hold no more")
+            prompts = [p[-n:] for p, n in zip(prompts, room, strict=True)]
             groups: dict[str, list[int]] = {}  # what may be generated side by side
             for i, how in enumerate(asked):
                 groups.setdefault(repr(how), []).append(i)
@@ -334,7 +348,7 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
                     cache=config.cache,
                     temperature=how.get("temperature") or 0.0,
                     top_p=how.get("top_p") or 1.0,
-                    seed=config.seed,
+                    seeds=[f"{config.seed}/{i}" for i in batch],
                     done=done,
                 ):
                     texts[token.row].append(token.id)
@@ -358,10 +372,12 @@ def harness() -> None:
     net, tokenizer = sample.load(config.folder, pick_device(config.device), config.dtype)
     if data.eos_id(tokenizer) is None:
         raise UserError(f"{config.folder} was not trained on text: its tokenizer has no end of text, give another")
+    if config.chat:
+        data.chat_prompts(tokenizer, [""])  # refuses a tokenizer without its tokens
     exit = sample.parse_exit(config.exit, config.exit_threshold, net.config.exit_threshold)
     names = [name.strip() for name in config.tasks.split(",") if name.strip()]
     manager = TaskManager(include_path=config.include_path and str(config.include_path))
-    unknown = [name for name in names if not manager.match_tasks([name])]
+    unknown, names = [name for name in names if not manager.match_tasks([name])], manager.match_tasks(names)
     if unknown or not names:
         raise UserError(
             f"--tasks {config.tasks}: no task is called {', '.join(unknown) or 'that'}; see lm-eval ls tasks"
@@ -392,7 +408,6 @@ def harness() -> None:
                 table.add_row(f"{task}: {what}", f"{value:.4f}{spread}", "–" if mean is None else f"{mean:.2f}")
     console.print(table)
     if config.out:
-        make_folder(config.out.parent)
         what = {"harness": scores, "exit": f"{exit.rule}:{exit.threshold:g}", "cache": config.cache}
         device = net.embed_tokens.weight.device
         config.out.write_text(json.dumps(what | provenance(device) | {"seed": config.seed}, indent=1) + "\n")

@@ -989,8 +989,6 @@ def run_stages(
     def over_processes(net: LoopedTransformer) -> LoopedTransformer:
         return spread(net, config.dist, device) if world > 1 else net
 
-    file = data.tokenizer_file(config.data, config.init)
-    beside = file.parent if file and file.name == "tokenizer.json" else None  # what else stands there goes along
     done = tuple(stage for stage in config.objective if (folder / FOLDER[stage]).exists())
     source = folder / FOLDER[done[-1]] if done else config.init
     if done and (state := newest(folder, done[-1])):
@@ -1006,7 +1004,9 @@ def run_stages(
     record = {"config": asdict(config), "parameters": parameters, "starts": [], "finished": None}
     if rank == 0:
         make_folder(folder)
-        if (folder / "run.json").exists():
+        for leftover in (*folder.glob(".*.tmp"), *folder.glob("state/.*.tmp")):  # of a save that was cut off
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if config.resume and (folder / "run.json").exists():
             record["starts"] = model.read_json(folder / "run.json")["starts"]
         record["starts"].append(start_record(config, device, world))
         write_json(folder / "run.json", record)
@@ -1039,7 +1039,9 @@ def run_stages(
                 deque(steps, maxlen=0)
             if run.stopped and run.step < getattr(config, stage).steps:
                 return None
-            model.save(run.student, target, tokenizer, dtype=DTYPES[config.save_dtype], beside=beside)
+            kept = config.init and config.data.tokenizer == "auto"  # the checkpoint's own files, as they are
+            files = {"tokenizer": None if kept else tokenizer, "beside": config.init}
+            model.save(run.student, target, dtype=DTYPES[config.save_dtype], **files)
             done = (*done, stage)
             if stage != config.objective[-1]:
                 last = folder / "state" / f"{stage}-{run.step:06}" / "student"
@@ -1103,6 +1105,11 @@ def parse() -> Config:
         return config
     shape = model.load_config(config.init)
     config = tyro.cli(Config, default=Config(model=shape))
+    if config.data.path and config.data.length > shape.max_positions:
+        raise UserError(
+            f"--data.length {config.data.length} is more than the {shape.max_positions} positions of {config.init}: "
+            "give a smaller one"
+        )
     for f in fields(ModelConfig):
         given, found = (getattr(c.resolved(), f.name) for c in (config.model, shape))
         if given != found and f.name != "loops":

@@ -9,13 +9,14 @@ D width, V vocabulary, N selected tokens. Loops are counted from 1 in everything
 """
 
 import json
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -237,7 +238,6 @@ class LoopedTransformer(nn.Module):
         loops: int | None = None,
         noise_std: float = 0.0,
         generator: torch.Generator | None = None,
-        cache: "Cache | None" = None,
     ) -> Output:
         """Run the stack `loops` times (default: all L) and return the state and the gate after each of them.
 
@@ -245,7 +245,6 @@ class LoopedTransformer(nn.Module):
         noise_std  standard deviation of the Gaussian noise on a state *that is fed to the next loop*; the gate and the
                    head read the state before the noise, and an embedding gets none (LoopRPT, Figure 2)
         generator  where the noise comes from, on x's device
-        cache      an empty cache to keep the keys and values of these tokens
         """
         fresh = not x.is_floating_point()
         state = self.embed_tokens(x) if fresh else x  # B T D
@@ -255,7 +254,7 @@ class LoopedTransformer(nn.Module):
             if noise_std and not (fresh and loop == 0):
                 noise = torch.randn(state.shape, generator=generator, device=state.device, dtype=state.dtype)
                 state = state + noise_std * noise
-            state = self.loop(state, cos, sin, cache and cache.prompt(loop))
+            state = self.loop(state, cos, sin)
             hidden.append(state)
         hidden = torch.stack(hidden, 2)  # B T L D
         return Output(hidden, self.gate(hidden))
@@ -274,6 +273,13 @@ class LoopedTransformer(nn.Module):
             else:
                 state = layer(state, cos, sin, partial(attend, i) if attend else causal)
         return self.norm(state)
+
+    def prefill(self, ids: Tensor, cache: "Cache", loops: int) -> Tensor:
+        """All loops of the prompts, which an empty cache keeps; the state after the last one.    B T -> B T D"""
+        state, (cos, sin) = self.embed_tokens(ids), self.rotary(torch.arange(ids.shape[1], device=ids.device))
+        for loop in range(loops):
+            state = self.loop(state, cos, sin, cache.prompt(loop))
+        return state
 
     def decode(self, state: Tensor, cache: "Cache", rows: list[int], loops: list[int], positions: list[int]) -> Tensor:
         """One loop more for the newest token of each of these rows of the cache.    R D -> R D
@@ -367,6 +373,10 @@ class Cache:
 
         return attend
 
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows, from now on numbered in this order."""
+        self.keys, self.values, self.rows = self.keys[:, :, rows], self.values[:, :, rows], len(rows)
+
     def fill(self, rows: list[int], loops: list[int], positions: list[int]) -> None:
         """Tokens that left after `loops` loops: the deeper slots get the last one's keys and values."""
         row, last, position = (torch.tensor(x, device=self.keys.device)[:, None] for x in (rows, loops, positions))
@@ -416,11 +426,13 @@ FOR_OTHERS = {  # what only other programs read
     "use_cache": True,
     "transformers_version": "4.55.0",
 }
+NOT_OURO = {"rope_type": "default", "quantization_config": None, "attention_bias": False}  # and no key of it
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # larger checkpoints are split
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-BESIDE = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
-    chat_template.jinja generation_config.json""".split()  # what else a folder holds, copied as it is
+GENERATION = "generation_config.json"
+BESIDE = f"""{GENERATION} tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
+    merges.txt chat_template.jinja""".split()  # what else a folder holds, copied as it is
 
 DType = Literal["bf16", "fp32"]
 Precision = Literal["auto", "bf16", "fp32"]
@@ -448,9 +460,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         return
     if folder.exists():
         raise UserError(f"{folder} is there already: nothing saved is overwritten, give another folder")
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
@@ -482,9 +493,9 @@ def save(
 ) -> None:
     """Write a checkpoint folder, complete or not at all. Every process of a sharded model takes part, one writes.
 
-    tokenizer  a tokenizers.Tokenizer, saved beside the weights
+    tokenizer  a tokenizers.Tokenizer, saved beside the weights (default: the files of the one in `beside`)
     dtype      of the weights in the file (default: as they are)
-    beside     a folder whose tokenizer and generation files are copied as they are
+    beside     a checkpoint folder whose generation settings are copied
     Raises UserError if the folder is there already, or can't be written.
     """
     c, shape = model.config, asdict(model.config)
@@ -496,12 +507,13 @@ def save(
         if not is_writer():
             return
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copied = [name for name in BESIDE if (beside / name).is_file()] if beside else []
-        for name in copied:
-            shutil.copyfile(beside / name, temporary / name)
-        if tokenizer is not None and "tokenizer.json" not in copied:
+        for name in BESIDE if tokenizer is None else (GENERATION,):
+            if beside and (beside / name).is_file():
+                shutil.copyfile(beside / name, temporary / name)
+        if tokenizer is not None:
             tokenizer.save(str(temporary / "tokenizer.json"))
-            end = None if c.eos_token_id is None else tokenizer.id_to_token(c.eos_token_id)
+            first = c.eos_token_id[0] if isinstance(c.eos_token_id, tuple) else c.eos_token_id
+            end = None if first is None else tokenizer.id_to_token(first)
             how = {
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "eos_token": end,
@@ -541,7 +553,7 @@ def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -
 def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): restore the file") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, not an object: restore the file")
@@ -552,39 +564,51 @@ def load_config(folder: Path) -> ModelConfig:
     """Shape of the checkpoint in a folder. Raises UserError if it isn't one, or isn't Ouro's architecture."""
     path = folder / "config.json"
     if not path.is_file():
-        what = (
-            "is a file, give its folder"
-            if folder.is_file()
-            else "has no config.json"
-            if folder.is_dir()
-            else "is not there"
-        )
+        what = "is a file, give its folder" if folder.is_file() else "has no config.json"
+        if not folder.exists():
+            what = f"is not there (to download: hf download ORGANISATION/NAME --local-dir {folder})"
         raise UserError(f"{folder} is not a checkpoint folder: it {what}")
-    config = read_json(path)
-    layer_types = config.get("layer_types") or []
-    given = (
-        ARCHITECTURE
-        | {"model_type": None}
-        | config
-        | {"layer_types": sorted({*map(str, layer_types)} - {"full_attention"})}
-    )
-    for key, ours in (ARCHITECTURE | {"layer_types": []}).items():
+    config, rope = read_json(path), {}
+    if isinstance(config.get("rope_parameters"), dict):  # where transformers 5 writes them
+        rope = config["rope_parameters"]
+    config = {key: rope[key] for key in ("rope_theta", "rope_type") if key in rope} | config
+    types = config.get("layer_types") or []
+    layer_types = sorted({*types} - {"full_attention"}) if isinstance(types, list) else types
+    given = ARCHITECTURE | NOT_OURO | {"model_type": None} | config | {"layer_types": layer_types}
+    for key, ours in (ARCHITECTURE | NOT_OURO | {"layer_types": []}).items():
         if given[key] != ours:
-            raise UserError(f"{path} says {key} {given[key]!r}: only Ouro's {ours!r} is known here")
-    rope = config.get("rope_parameters") or {}  # where transformers 5 writes them
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"{path} says rope_type {rope['rope_type']!r}: only Ouro's 'default' is known here")
-    config = {key: rope[key] for key in ("rope_theta",) if key in rope} | config
-    found = {ours: config[key] for key, ours in CONFIG_KEYS.items() if key in config}
+            raise UserError(f"{path} says {key} {given[key]!r}: only Ouro's {ours or 'full_attention'!r} is known here")
+    return shape_of(config, path)
+
+
+def shape_of(config: dict, path: Path) -> ModelConfig:
+    """Ours from Ouro's keys. Raises UserError for one that is missing, or has a value that it can't have."""
     missing = [key for key, ours in CONFIG_KEYS.items() if ours in NEEDED and key not in config]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: restore the file")
-    if isinstance(found.get("eos_token_id"), list):
-        found["eos_token_id"] = tuple(found["eos_token_id"])
+    found = {}
+    for key, ours in CONFIG_KEYS.items():
+        value = config.get(key)
+        if key not in config or (value is None and ours in ("kv_heads", "head_dim")):
+            continue
+        if ours in ("bos_token_id", "eos_token_id"):
+            value = tuple(value) if isinstance(value, list) and value else value
+            ids = value if isinstance(value, tuple) else (value,)
+            rule, kept = "a token's number, or null", value is None or all(type(i) is int and i >= 0 for i in ids)
+        elif ours == "tied":
+            rule, kept = "true or false", isinstance(value, bool)
+        elif ours in ("rope_theta", "rms_norm_eps", "init_std", "exit_threshold"):
+            low, high = (0, 1) if ours == "exit_threshold" else (1e-30, math.inf)
+            rule, kept = f"a number from {low} to {high}", type(value) in (int, float) and low <= value <= high
+        else:
+            rule, kept = "a whole number above 0", type(value) is int and value > 0
+        if not kept:
+            raise UserError(f"{path} says {key} {value!r}: it must be {rule}")
+        found[ours] = value
     try:
         return ModelConfig(**found).resolved()
-    except TypeError as error:
-        raise UserError(f"{path} is not the configuration of an Ouro model ({error}): restore the file") from error
+    except UserError as error:
+        raise UserError(f"{path} has a shape that no model can have ({error})") from error
 
 
 def weight_files(folder: Path) -> dict[str, list[str] | None]:
@@ -611,6 +635,11 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
     return files
 
 
+def some(names: list[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3) if names else "none"
+
+
 def find_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
     """The file of each tensor in a folder. Raises UserError for a damaged file, or another shape or type than ours."""
     place = {}
@@ -618,7 +647,7 @@ def find_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, 
         path = folder / file
         with opened(path) as weights:
             if keys is not None and {*keys} != {*weights.keys()}:
-                wrong = ", ".join(sorted({*keys} ^ {*weights.keys()}))
+                wrong = some(sorted({*keys} ^ {*weights.keys()}))
                 raise UserError(f"{folder / INDEX} and {path} disagree on {wrong}: restore both from a copy")
             for key in weights.keys():  # noqa: SIM118  it is no dict
                 place[key], part = path, weights.get_slice(key)
@@ -645,17 +674,15 @@ def load(
     names = {ouro_name(name): name for name, _ in model.named_parameters()}
     shapes = {ouro_name(name): tuple(p.shape) for name, p in model.named_parameters()}
     place = find_weights(folder, shapes)
-    if config.tied and "lm_head.weight" in place:  # some writers keep the copy
+    if config.tied and {"lm_head.weight", "model.embed_tokens.weight"} <= place.keys():  # some writers keep the copy
         head, embedding = (read_tensor(place[key], key) for key in ("lm_head.weight", "model.embed_tokens.weight"))
         if not head.equal(embedding):
             raise UserError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs: set it to false")
         del place["lm_head.weight"]
     missing, extra = sorted(names.keys() - place.keys()), sorted(place.keys() - names.keys())
     if missing or extra:
-        raise UserError(
-            f"{folder} does not match its config.json: missing {missing or 'none'}, extra {extra or 'none'}"
-        )
-    dtype = dtype or read_tensor(place["model.norm.weight"], "model.norm.weight").dtype
+        raise UserError(f"{folder} does not match its config.json: missing {some(missing)}, extra {some(extra)}")
+    dtype = dtype or reduce(torch.promote_types, (read_tensor(place[key], key).dtype for key in names))
     weights = {name: read_tensor(place[key], key).to(device, dtype, copy=True) for key, name in names.items()}
     model.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own
     if config.tied:
@@ -670,7 +697,10 @@ def opened(path: Path) -> Iterator:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it from a copy") from error
+        with open(path, "rb") as start:
+            pointer = start.read(19) == b"version https://git"
+        mend = "is a pointer of git-lfs, not the weights: run git lfs pull" if pointer else None
+        raise UserError(f"{path} {mend or f'is damaged ({error}): restore it from a copy'}") from error
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
@@ -687,6 +717,8 @@ def export(source: Positional[Path], out: Positional[Path], dtype: DType = "bf16
         out: folder to write.
         dtype: precision of the weights in the file.
     """
+    if out.exists():
+        raise UserError(f"{out} is there already: nothing saved is overwritten, give another folder")
     model = load(source, dtype=DTYPES[dtype])
     save(model, out, beside=source)
     size = sum(p.numel() for p in model.parameters())

@@ -7,7 +7,7 @@ the weights are the same in every loop, so a row that leaves early starts its ne
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -39,8 +39,8 @@ class Exit(NamedTuple):
     threshold: float = 1.0
 
     def never(self) -> bool:
-        """A gate's threshold of 1 means all loops, however far it is saturated."""
-        return self.rule == "gate" and self.threshold >= 1
+        """A threshold of 1 means all loops, however far the score is saturated."""
+        return self.threshold >= 1
 
 
 RULES = ("gate", "confidence")
@@ -76,7 +76,7 @@ def at_exit(net: LoopedTransformer, exit: Exit, hidden: Tensor, gate: Tensor) ->
         leave = model.exit_loop(gate, exit.threshold)  # N
         return net.logits(hidden[every, leave]), leave + 1
     logits = net.logits(hidden)  # N L V
-    unsure = logits[:, :-1].softmax(-1).amax(-1) < exit.threshold  # N L-1
+    unsure = (logits[:, :-1].softmax(-1).amax(-1) < exit.threshold) | exit.never()  # N L-1
     leave = unsure.cumprod(-1).sum(-1)  # N
     return logits[every, leave], leave + 1
 
@@ -98,7 +98,7 @@ def draw(logits: Tensor, numbers: list[float], *, temperature: float, top_p: flo
     """
     if temperature == 0:
         return logits.argmax(-1).tolist()
-    p = (logits / temperature).softmax(-1)  # R V
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # R V
     all_of_them = torch.arange(p.shape[-1], device=p.device).expand_as(p)
     order = p.argsort(dim=-1, descending=True, stable=True) if top_p < 1 else all_of_them  # R V
     upto = p.gather(-1, order).cumsum(-1)  # R V
@@ -118,7 +118,7 @@ def generate(
     cache: CacheRule = "copy",
     temperature: float = 0.0,
     top_p: float = 1.0,
-    seed: int = 0,
+    seeds: Sequence[object] | None = None,
     done: Callable[[int, list[int]], bool] = lambda row, text: False,
 ) -> Iterator[Token]:
     """Continue every prompt; tokens come as they are found, in no order over the rows.
@@ -128,6 +128,7 @@ def generate(
     cache    'copy': a token that left fills its deeper slots with its last loop's keys and values. 'last': one slot,
              for the last loop of every token, a quarter of the memory at four loops. 'full': every loop runs, so the
              cache is exact and no time is saved; the exit says only which loop's answer is taken
+    seeds    of each prompt's draws (default: its number)
     done     told a row and its new tokens after each of them; says whether the row ends there
     Raises UserError for an empty prompt, or one longer than the model's positions.
     """
@@ -147,28 +148,28 @@ def generate(
     ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # B T
     for b, prompt in enumerate(prompts):
         ids[b, : len(prompt)] = torch.tensor(prompt)
-    hidden = net(ids.to(device), loops=loops, cache=kept).hidden[:, :, -1]  # B T D
+    hidden = net.prefill(ids.to(device), kept, loops)  # B T D
 
-    # One entry for each row that goes on (R of them). Its newest token has run `ran` loops; `answer` is what its loop
-    # `took` says comes next, and took is 0 while that is open
-    rows, positions = list(range(len(prompts))), [n - 1 for n in lengths]
+    # One entry for each prompt that goes on (R of them), in a row of the cache. Its newest token has run `ran` loops;
+    # `answer` is what its loop `took` says comes next, and took is 0 while that is open
+    owners, rows, positions = list(range(len(prompts))), list(range(len(prompts))), [n - 1 for n in lengths]
     answer = net.logits(hidden[rows, positions])  # R V
     state, log_stay = torch.empty_like(hidden[:, 0]), answer.new_zeros(len(rows))  # R D, R
     ran, took, left = [loops] * len(rows), [loops] * len(rows), list(range(len(rows)))
     texts: list[list[int]] = [[] for _ in rows]
-    generators = [data.seeded(seed, "row", row) for row in rows]
+    generators = [data.seeded("draws", seed) for seed in seeds or owners]
     while True:
         # Rows whose token has left: the next one, and back to the first loop
         if left:
-            numbers = [torch.rand((), generator=generators[rows[i]]).item() for i in left] if temperature else []
+            numbers = [torch.rand((), generator=generators[owners[i]]).item() for i in left] if temperature else []
             found = draw(answer[left], numbers, temperature=temperature, top_p=top_p)
             ended = set()
             for i, token in zip(left, found, strict=True):
-                row = rows[i]
-                texts[row].append(token)
-                yield Token(row, token, took[i])
+                text = texts[owners[i]]
+                text.append(token)
+                yield Token(owners[i], token, took[i])
                 positions[i] += 1
-                if done(row, texts[row]) or len(texts[row]) >= max_tokens or positions[i] >= most:
+                if done(owners[i], text) or len(text) >= max_tokens or positions[i] >= most:
                     ended.add(i)
                 ran[i] = took[i] = 0
             state[left], log_stay[left] = net.embed_tokens(torch.tensor(found, device=device)), 0.0
@@ -176,8 +177,11 @@ def generate(
                 on = [i for i in range(len(rows)) if i not in ended]
                 if not on:
                     return
-                rows, positions, ran, took = ([x[i] for i in on] for x in (rows, positions, ran, took))
+                owners, rows, positions, ran, took = ([x[i] for i in on] for x in (owners, rows, positions, ran, took))
                 state, answer, log_stay = state[on], answer[on], log_stay[on]
+                if len(rows) <= kept.rows // 2:  # enough have ended: the cache is worth copying
+                    kept.keep(rows)
+                    rows = list(range(len(rows)))
 
         # One loop for every row
         state = net.decode(state, kept, rows, ran, positions)
@@ -229,6 +233,13 @@ class SampleConfig:
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
+        if not self.prompt or "" in self.prompt:
+            raise UserError("the prompt is empty: give some text to continue with --prompt")
+        for prompt in self.prompt:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"--prompt {prompt!r} is not UTF-8: give text") from error
         if self.max_tokens < 1:
             raise UserError(f"--max-tokens {self.max_tokens} is below 1: give a positive number")
         if not 0 <= self.temperature < float("inf"):
@@ -260,7 +271,7 @@ def stop_ids(net: LoopedTransformer, tokenizer: Tokenizer) -> set[int]:
     return (found | {data.eos_id(tokenizer), tokenizer.token_to_id(data.IM_END)}) - {None}
 
 
-COLOURS = ("#4c9be8", "#2bb5a0", "#e0a82e", "#e4572e", "#b4558d", "#8f8f8f")  # of 1, 2, ... loops
+COLOURS = ("bright_blue", "cyan", "yellow", "red", "magenta", "bright_black")  # of 1, 2, ... loops
 
 
 def shade(loops: int) -> Style:
@@ -294,14 +305,16 @@ def main() -> None:
         cache=config.cache,
         temperature=config.temperature,
         top_p=config.top_p,
-        seed=config.seed,
+        seeds=[f"{config.seed}/{i}" for i in range(len(prompts))],
         done=lambda row, text: text[-1] in stops,
     ):
         taken.append(loops)
         piece = Text(streams[row].step(tokenizer, token) or "", shade(loops) if config.show_loops else "")
         texts[row].append(piece)
-        if len(prompts) == 1:
+        if len(prompts) == 1 and config.show_loops:
             console.print(piece, end="")
+        elif len(prompts) == 1:
+            print(piece.plain, end="", flush=True)  # as it is: rich would change its tabs
     if len(prompts) == 1:
         console.print()
     for prompt, text in zip(config.prompt, texts, strict=True):

@@ -98,3 +98,35 @@ def test_the_plan_adds_up(monkeypatch, capsys):
     ):
         with pytest.raises(SystemExit, match=message):
             call(monkeypatch, "plan", *flags.split())
+
+
+@pytest.mark.parametrize("rule", ["full", "copy", "last"])
+@pytest.mark.parametrize("threshold", [0.3, 1.0])
+def test_given_text_leaves_what_generated_text_leaves(rule, threshold):
+    """Decoding what `generate` wrote finds its tokens and its loops again, whatever the rule for the cache."""
+    net = LoopedTransformer(bench.replace(SHAPE, layers=2, vocab_size=13, init_std=0.3)).double()
+    torch.nn.init.normal_(net.early_exit_gate.weight)
+    prompts, rows, loops = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], [], 0
+    texts = [[] for _ in prompts]
+    for token in bench.generate(net, prompts, max_tokens=9, exit=bench.Exit("gate", threshold), cache=rule):
+        loops += token.loops * bool(texts[token.row])
+        texts[token.row].append(token.id)
+    for prompt, text in zip(prompts, texts, strict=True):
+        rows.append(data.Row(prompt + text, len(prompt)))
+    assert bench.forced(net, rows, threshold, rule) == (24, 24, loops)
+
+
+def test_cache_compares_the_three_rules(tmp_path, monkeypatch, capsys):
+    model.save(LoopedTransformer(SHAPE), tmp_path / "a", data.byte_tokenizer())
+    lines = [json.dumps({"question": f"{i} + {i}?", "answer": str(2 * i)}) + "\n" for i in range(40)]
+    (tmp_path / "val.jsonl").write_text("".join(lines))
+    args = [tmp_path / "a", "--data.path", tmp_path / "val.jsonl", "--rows", 5, "--thresholds", 0.5, 1]
+    call(monkeypatch, "cache", *args, "--out", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert [(r["cache"], r["threshold"]) for r in found] == [(c, t) for c in ("full", "copy", "last") for t in (0.5, 1)]
+    exact, copied = (next(r for r in found if r["cache"] == c and r["threshold"] == 1) for c in ("full", "copy"))
+    assert exact["accuracy"] == copied["accuracy"]
+    assert exact["loops"] == 4
+    assert "accuracy in % at average loops" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit, match=r"no --data.path was given"):
+        call(monkeypatch, "cache", tmp_path / "a")

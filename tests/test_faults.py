@@ -139,6 +139,7 @@ def test_a_run_that_was_cut_while_it_saved_goes_on_too(straight, tmp_path, monke
             call(patch, out)
     call(monkeypatch, out, "--resume")
     same(out, straight)
+    assert not [*out.rglob(".*.tmp")], "what was half-written is gone"
 
 
 def test_resuming_needs_no_other_flag_and_refuses_another_run(straight, tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def test_cached_decoding_equals_the_full_forward_pass(net, prefix, loops):
     padded = ids[:, : max(starts)].clone()
     for b, start in enumerate(starts):
         padded[b, start:] = 0  # padding, which must not be seen
-    net(padded, loops=loops, cache=cache)
+    net.prefill(padded, cache, loops)
     for step in range(12 - max(starts)):
         positions = [start + step for start in starts]
         state = net.embed_tokens(ids[range(3), positions])
@@ -70,7 +70,7 @@ def test_rows_at_different_loops_share_a_pass(net, copying):
     ids = torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(2))
     whole = net(ids).hidden
     cache = Cache(net.config, 2, 6, slots=4, device=CPU, dtype=torch.float64)
-    net(ids[:, :4], cache=cache)
+    net.prefill(ids[:, :4], cache, 4)
     state = net.embed_tokens(ids[:, 4])
     state[1:] = net.decode(state[1:], cache, [1], [0], [4])
     assert_close(state[1], whole[1, 4, 0])
@@ -190,15 +190,19 @@ def test_a_token_that_leaves_after_a_loop_has_run_just_that_many(net, monkeypatc
     ran, decode = [], LoopedTransformer.decode
 
     def counting(net, state, cache, rows, loops, positions):
-        ran.extend(zip(rows, positions, strict=True))
+        ran.extend(positions)
         return decode(net, state, cache, rows, loops, positions)
 
     monkeypatch.setattr(LoopedTransformer, "decode", counting)
-    found = collect(generate(net, PROMPTS, max_tokens=12, exit=Exit("gate", 0.3)))
-    for row, prompt in enumerate(PROMPTS):
+    how = {"max_tokens": 12, "exit": Exit("gate", 0.3)}
+    for prompt in PROMPTS:
+        ran.clear()
+        (found,) = collect(generate(net, [prompt], **how), 1)
         # the first token is the prompt's, and the last one is never fed
-        assert [loops for _, loops in found[row]][1:] == [ran.count((row, len(prompt) + i)) for i in range(11)]
-    assert len(ran) == sum(loops for row in found for _, loops in row[1:])
+        assert [loops for _, loops in found][1:] == [ran.count(len(prompt) + i) for i in range(11)]
+    ran.clear()
+    together = collect(generate(net, PROMPTS, **how))
+    assert len(ran) == sum(loops for row in together for _, loops in row[1:])
 
 
 def test_one_slot_is_a_quarter_of_the_memory():
@@ -258,10 +262,12 @@ def test_draws_follow_the_tempered_distribution_within_top_p():
 
 def test_a_rows_text_depends_on_its_seed_and_not_on_its_company(net):
     how = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9, "exit": Exit("gate", 0.5)}
-    together, again = (collect(generate(net, PROMPTS, seed=3, **how)) for _ in range(2))
+    together, again = (collect(generate(net, PROMPTS, seeds="abcd", **how)) for _ in range(2))
     assert together == again
-    assert together[:1] == collect(generate(net, PROMPTS[:1], seed=3, **how), 1)
-    assert together != collect(generate(net, PROMPTS, seed=4, **how))
+    assert together[2:3] == collect(generate(net, PROMPTS[2:3], seeds="c", **how), 1)
+    assert together != collect(generate(net, PROMPTS, seeds="efgh", **how))
+    twice = collect(generate(net, PROMPTS[:1] * 2, seeds="ab", **how), 2)
+    assert twice[0] != twice[1], "the same prompt, drawn twice"
 
 
 # The command line
