@@ -48,6 +48,7 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Loop
         net = LoopedTransformer(wide, generator=data.seeded(shape, device=device)).to(dtype)
         gate = net.early_exit_gate.weight.data
         gate.normal_(std=1.5 * wide.width**-0.5, generator=data.seeded("gate", device=device))
+        net.early_exit_gate.bias.data.fill_(-2.5)
     return net.eval()
 
 

@@ -35,6 +35,28 @@ def test_decode_compares_each_threshold_with_all_loops(tmp_path, monkeypatch, ca
     assert "all loops" in capsys.readouterr().out
 
 
+def test_decode_measures_what_it_says(monkeypatch, capsys):
+    """With a clock that a loop moves on by one second, the first run of each threshold by a hundred."""
+    monkeypatch.setitem(bench.SHAPES, "medium", SHAPE)
+    clock, runs, caches, inner = [0.0], [0], [], bench.generate
+
+    def timed(net, prompts, **how):
+        runs[0] += 1
+        caches.append(how["cache"])
+        for token in inner(net, prompts, **how):
+            clock[0] += token.loops * (100 if runs[0] <= 2 else 1)
+            yield token
+
+    monkeypatch.setattr(bench, "generate", timed)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    few = "--tokens 12 --prompt-tokens 4 --rounds 2 --thresholds 0 --cache last".split()
+    call(monkeypatch, "decode", *few)
+    cells = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()][-2:]
+    assert cells[0] == ["0.0", "1.0", "1.00", "4.00", "4.00", "1.00"]
+    assert cells[1][2:] == ["0.2", "4.00", "1.00", "1.00", "1.00"]
+    assert {*caches} == {"last"}
+
+
 def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
     model.save(LoopedTransformer(SHAPE), tmp_path / "a", data.byte_tokenizer())
     call(monkeypatch, "decode", tmp_path / "a", "--tokens", 3, "--prompt-tokens", 2, "--rounds", 1, "--thresholds", 1)
@@ -46,12 +68,14 @@ def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
     [
         ("--batch 0", "--batch 0 is below 1"),
         ("--tokens 1", "--tokens 1 is below 2: the first one comes from the prompt"),
+        ("--prompt-tokens 65530", "are more than the model's 65536 positions"),
         ("--thresholds 0.5 2", "--thresholds 0.5 2.0: give numbers from 0 to 1"),
         ("none", "none is not a checkpoint folder"),
         ("--device tpu", "--device tpu is not a device"),
     ],
 )
 def test_mistakes_are_refused_in_a_sentence(monkeypatch, flags, message):
+    monkeypatch.setitem(bench.SHAPES, "medium", SHAPE)
     with pytest.raises(SystemExit, match=message):
         call(monkeypatch, "decode", *flags.split())
 

@@ -259,6 +259,15 @@ def test_a_checkpoint_of_the_built_in_task_and_a_text_do_not_mix(run, tmp_path, 
     assert "so no document can end: give another with --data.tokenizer, or a checkpoint trained on text" in message
 
 
+def test_a_row_longer_than_the_checkpoints_positions_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text\n" * 100)
+    short = looprpt.ModelConfig(vocab_size=259, max_positions=64)
+    model.save(model.LoopedTransformer(short), tmp_path / "a", data.byte_tokenizer())
+    flags = ["--init", tmp_path / "a", "--objective", "rpt", "--data.path", tmp_path / "a.txt"]
+    message = refused(monkeypatch, looprpt, *flags)
+    assert message.startswith("--data.length 512 is more than the 64 positions of")
+
+
 def test_eval_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some text\n" * 100)
     few = "--pretrain.steps 1 --rpt.steps 1 --data.length 32 --train.batch 2".split()

@@ -182,6 +182,73 @@ def test_generated_text_equals_a_direct_computation(net, folder):
     assert greedy[0][1] in (True, False)
 
 
+def ask(kind, *args):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, a, i, ("t", i, 1)) for i, a in enumerate(args)]
+
+
+def adapter(net, folder, exit=eval.Exit(), **how):  # noqa: B008
+    pytest.importorskip("lm_eval")
+    config = eval.HarnessConfig(folder=folder / "a", tasks="t", cache="full", **how)
+    return eval.harness_model(net, data.byte_tokenizer(), exit, config)
+
+
+def test_greedy_means_that_every_token_is_the_likeliest(net, folder):
+    lm, context, greedy = adapter(net, folder), encode("What"), []
+    for _ in range(3):
+        greedy.append(net.logits(net(torch.tensor([context + greedy])).hidden[0, -1, -1]).argmax().item())
+    other = (greedy[2] + 1) % 256 + 3
+    asked = [(None, context, new) for new in (greedy, [*greedy[:2], other], [other, *greedy[1:]])]
+    lm.asked = ["t"] * 3
+    assert [is_greedy for _, is_greedy in lm._loglikelihood_tokens(asked, disable_tqdm=True)] == [True, False, False]
+
+
+def test_loops_stop_ids_and_draws_are_those_asked_for(net, folder, monkeypatch):
+    how = {"until": [], "max_gen_toks": 30}
+    lm = adapter(net, folder, loops=2)
+    lm.generate_until(ask("generate_until", ("What", how)), disable_tqdm=True)
+    lm.loglikelihood(ask("loglikelihood", ("What", " is")), disable_tqdm=True)
+    assert {*lm.loops["t"]} == {2}
+
+    seen, inner = [], eval.generate
+
+    def note(net, prompts, **options):
+        seen.append(options)
+        return inner(net, prompts, **options)
+
+    monkeypatch.setattr(eval, "generate", note)
+    lm = adapter(net, folder, batch=2, seed=5)
+    drawn = how | {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    texts = lm.generate_until(ask("generate_until", *[("What", drawn)] * 4, ("What", how)), disable_tqdm=True)
+    assert [len(options["seeds"]) for options in seen] == [2, 2, 1], "the greedy one goes by itself"
+    assert [(options["temperature"], options["top_p"]) for options in seen] == [(0.7, 0.9)] * 2 + [(0.0, 1.0)]
+    assert len({*texts[:4]}) == 4, "the same prompt again is another draw"
+    done = seen[0]["done"]
+    assert done(0, [70, 0])
+    assert done(0, [70, 2])
+    assert not done(0, [0, 70])
+    long = how | {"until": ["stop here"]}
+    lm.generate_until(ask("generate_until", ("What", long)), disable_tqdm=True)
+    assert seen[-1]["done"](0, encode("and now stop here"))
+    assert not seen[-1]["done"](0, encode("and now stop her"))
+    with pytest.raises(model.UserError, match="a task asks for top_k 40"):
+        lm.generate_until(ask("generate_until", ("What", how | {"top_k": 40})), disable_tqdm=True)
+
+
+def test_the_flags_reach_the_harness(folder, monkeypatch):
+    lm_eval, seen = pytest.importorskip("lm_eval"), {}
+
+    def note(lm, **how):
+        seen.update(how)
+        return {"results": {}}
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", note)
+    flags = ["--num-fewshot", 3, "--limit", 5, "--chat"]
+    run(monkeypatch, folder / "a", "--tasks", "our_cho*", "--include-path", folder / "tasks", *flags)
+    assert [seen[k] for k in ("tasks", "num_fewshot", "limit", "apply_chat_template")] == [["our_choose"], 3, 5, True]
+
+
 def test_chat_turns_are_chatml(net, folder):
     pytest.importorskip("lm_eval")
     lm = eval.harness_model(net, data.byte_tokenizer(), eval.Exit(), eval.HarnessConfig(folder=folder / "a", tasks="t"))
@@ -206,6 +273,8 @@ def test_mistakes_are_refused_in_a_sentence(folder, tmp_path, monkeypatch):
         ([folder / "a", *tasks, "--batch", 0], "--batch 0 is below 1"),
         ([folder / "a", *tasks[:3], folder / "none"], "none is not a folder: give one that holds task files"),
         ([folder / "a", "--tasks", "our_missing", *tasks[2:]], "--tasks our_missing: a task's data can't be had"),
+        ([folder / "a", *tasks, "--num-fewshot", -1], "--num-fewshot -1 is below 0"),
+        ([folder / "a", *tasks, "--out", folder / "tasks" / "rows.jsonl" / "x.json"], "can't be a folder"),
         ([folder / "a", *tasks, "--exit-threshold", 2], "--exit-threshold 2.0 is outside 0..1"),
         ([folder / "none", *tasks], "is not a checkpoint folder"),
         ([tmp_path / "chain", *tasks], "was not trained on text"),

@@ -174,6 +174,9 @@ def test_a_large_checkpoint_is_sharded_with_an_index_and_loads_the_same(tmp_path
     whole = load_file(tmp_path / "one" / "model.safetensors")
     assert index["weight_map"].keys() == whole.keys()
     assert index["metadata"]["total_size"] == sum(w.numel() * 4 for w in whole.values())
+    model.save(net, tmp_path / "half", dtype=torch.bfloat16)
+    half = json.loads((tmp_path / "half" / model.INDEX).read_text())
+    assert half["metadata"]["total_size"] == index["metadata"]["total_size"] / 2
     for file in files:
         part = load_file(file)
         assert {key for key, name in index["weight_map"].items() if name == file.name} == part.keys()
@@ -204,6 +207,8 @@ def test_export_keeps_bf16_bit_for_bit_and_copies_what_stands_beside(tmp_path, m
             "sys.argv", ["model.py", "export", str(tmp_path / source), str(tmp_path / out), "--dtype", dtype]
         )
         model.main()
+    c = load_file(tmp_path / "c" / "model.safetensors")
+    assert {x.dtype for x in c.values()} == {torch.float32}
     for other in ("b", "d"):
         same(model.load(tmp_path / "a", dtype=None), model.load(tmp_path / other, dtype=None))
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -249,6 +254,95 @@ def test_rope_theta_is_found_where_newer_transformers_write_it(tmp_path):
 
     spoil(tmp_path / "a", change)
     assert model.load_config(tmp_path / "a").rope_theta == 5000
+    spoil(tmp_path / "a", lambda c: c.update(rope_theta=7000.0))
+    assert model.load_config(tmp_path / "a").rope_theta == 7000, "the published place goes first"
+
+
+def test_as_stored_means_the_widest_precision_stored(tmp_path):
+    net = LoopedTransformer(SHAPE)
+    model.save(net, tmp_path / "a", dtype=torch.bfloat16)
+    rewrite(tmp_path / "a", lambda w: w | {"model.norm.weight": torch.full((16,), 1 + 2**-20)})
+    again = model.load(tmp_path / "a", dtype=None)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert again.norm.weight.equal(torch.full((16,), 1 + 2**-20))
+
+
+def test_the_end_of_text_may_be_several_tokens(tmp_path):
+    net = LoopedTransformer(replace(SHAPE, vocab_size=259, eos_token_id=(0, 2)))
+    model.save(net, tmp_path / "a", data.byte_tokenizer())
+    assert model.load_config(tmp_path / "a").eos_token_id == (0, 2)
+    assert json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+
+
+def test_a_new_tokenizer_takes_only_the_generation_settings_along(tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in model.BESIDE:
+        (tmp_path / "old" / name).write_text("old")
+    model.save(LoopedTransformer(SHAPE), tmp_path / "a", data.byte_tokenizer(), beside=tmp_path / "old")
+    old = {p.name for p in (tmp_path / "a").iterdir() if p.read_bytes() == b"old"}
+    assert old == {"generation_config.json"}
+    model.save(LoopedTransformer(SHAPE), tmp_path / "b", beside=tmp_path / "old")
+    assert {p.name for p in (tmp_path / "b").iterdir() if p.read_bytes() == b"old"} == {*model.BESIDE}
+
+
+def test_the_gate_is_exact_where_the_model_is_bf16():
+    net = LoopedTransformer(SHAPE).bfloat16()
+    torch.nn.init.normal_(net.early_exit_gate.weight)
+    hidden = torch.randn(50, 16).bfloat16()
+    exact = (hidden.double() @ net.early_exit_gate.weight[0].double()) + net.early_exit_gate.bias.double()
+    assert_close(net.gate(hidden).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"can't be written .*: make room or give another place"):
+        model.save(LoopedTransformer(SHAPE), tmp_path / "file" / "a")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+IMPOSSIBLE = """num_hidden_layers 2.0|true|0|null
+vocab_size null|-3|"259"
+head_dim 8.0|0|7
+total_ut_steps 4.5
+max_position_embeddings null|64.5
+rope_theta 0|-1|null|"x"
+rms_norm_eps null|0
+tie_word_embeddings 1
+early_exit_threshold null|"0.5"|1.5
+eos_token_id "x"|[]|{}|-1
+bos_token_id "x"
+quantization_config {"quant_method": "fp8"}
+attention_bias true
+layer_types 5|"full_attention"
+hidden_size 17"""
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(k, v) for line in IMPOSSIBLE.splitlines() for k, _, vs in [line.partition(" ")] for v in vs.split("|")],
+)
+def test_a_value_that_a_key_cannot_have_is_refused_by_its_name(tmp_path, key, value):
+    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    spoil(tmp_path / "a", lambda c: c.update({key: json.loads(value)}))
+    if key == "hidden_size":
+        spoil(tmp_path / "a", lambda c: c.pop("head_dim"))
+    with pytest.raises(UserError, match=f"config.json (says {key} |has a shape that no model can have)"):
+        model.load_config(tmp_path / "a")
+
+
+def test_null_means_the_default_where_other_programs_write_it(tmp_path):
+    model.save(LoopedTransformer(replace(SHAPE, kv_heads=4)), tmp_path / "a")
+    spoil(tmp_path / "a", lambda c: c.update(head_dim=None, num_key_value_heads=None))
+    assert model.load_config(tmp_path / "a") == replace(SHAPE, kv_heads=4).resolved()
+
+
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
+    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    )
+    with pytest.raises(UserError, match="is a pointer of git-lfs, not the weights: run git lfs pull"):
+        model.load(tmp_path / "a")
 
 
 @pytest.mark.parametrize(

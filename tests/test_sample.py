@@ -221,6 +221,38 @@ def test_leaving_in_hindsight_and_on_the_way_agree(net, exit):
         assert logits.argmax(-1)[len(prompt) : -1].tolist() == [token for token, _ in row][1:]
 
 
+def test_a_score_that_just_reaches_the_threshold_is_enough(net):
+    """The gate's logit 0 is a probability of exactly a half, then of three quarters; on the way and in hindsight."""
+    torch.nn.init.zeros_(net.early_exit_gate.weight)
+    for threshold, expected in ((0.5, 1), (0.75, 2), (0.76, 3)):
+        found = collect(generate(net, PROMPTS, max_tokens=4, exit=Exit("gate", threshold)))
+        assert {loops for row in found for _, loops in row[1:]} == {expected}
+        assert model.exit_loop(torch.zeros(1, 4), threshold).item() + 1 == expected
+    torch.nn.init.zeros_(net.lm_head.weight)  # every token is equally probable
+    for threshold, expected in ((1 / 13, 1), (1 / 12, 4)):
+        hidden, gate = torch.ones(1, 4, 16).double(), torch.zeros(1, 4)
+        assert sample.at_exit(net, Exit("confidence", threshold), hidden, gate)[1].item() == expected
+        found = collect(generate(net, PROMPTS, max_tokens=3, exit=Exit("confidence", threshold)))
+        assert {loops for row in found for _, loops in row[1:]} == {expected}
+
+
+def test_a_threshold_of_one_means_all_loops_for_confidence_too(net):
+    torch.nn.init.constant_(net.lm_head.weight[3:4].data, 1e4)
+    hidden = torch.ones(1, 4, 16).double()
+    assert sample.at_exit(net, Exit("confidence", 1.0), hidden, torch.zeros(1, 4))[1].item() == 4
+    assert sample.at_exit(net, Exit("confidence", 0.99), hidden, torch.zeros(1, 4))[1].item() == 1
+
+
+def test_generating_keeps_no_graph(net):
+    seen, draw = [], sample.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sample, "draw", lambda logits, *a, **how: seen.append(logits.requires_grad) or draw(logits, *a, **how)
+        )
+        list(generate(net, PROMPTS, max_tokens=3))
+    assert not any(seen)
+
+
 def test_a_saturated_gate_leaves_early_at_no_threshold_of_one(net):
     torch.nn.init.constant_(net.early_exit_gate.bias, 50.0)
     for threshold, expected in ((1.0, 4), (0.999, 1)):
@@ -254,6 +286,7 @@ def test_draws_follow_the_tempered_distribution_within_top_p():
     p = (logits[0] / 0.7).softmax(-1)
     found = torch.tensor(sample.draw(logits, numbers, temperature=0.7, top_p=1.0)).bincount(minlength=4) / 20_000
     assert_close(found.double(), p, rtol=0, atol=0.01)
+    assert sample.draw(logits[:2], [0.1, 0.9], temperature=1e-40, top_p=1.0) == [0, 0], "next to no temperature"
     kept = p * torch.tensor([1, 1, 0, 0])
     top_p = (p[0] + 0.5 * p[1]).item()  # the second token is needed to reach it
     found = torch.tensor(sample.draw(logits, numbers, temperature=0.7, top_p=top_p)).bincount(minlength=4) / 20_000
@@ -306,6 +339,42 @@ def test_several_prompts_and_every_flag(folder, monkeypatch, capsys):
     assert shown.index("one") < shown.index("two")
 
 
+def test_every_flag_reaches_the_generation(folder, monkeypatch, capsys):
+    seen = {}
+
+    def note(net, prompts, **how):
+        seen.update(how, dtype=net.embed_tokens.weight.dtype)
+        yield from (sample.Token(0, token, loops) for token, loops in ((70, 1), (1, 2), (71, 3)))
+
+    monkeypatch.setattr(sample, "generate", note)
+    flags = "--max-tokens 7 --temperature 0.8 --top-p 0.95 --loops 3 --cache last --seed 2 --dtype fp32".split()
+    call(monkeypatch, folder, "--prompt", "hi", *flags)
+    del seen["done"]
+    assert seen == {
+        "max_tokens": 7,
+        "exit": Exit("gate", 0.5),
+        "loops": 3,
+        "cache": "last",
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "seeds": ["2/0"],
+        "dtype": torch.float32,
+    }
+    shown = capsys.readouterr()
+    assert shown.out == "CD\n", "special tokens are not shown"
+    assert "3 tokens, 2.00 loops" in shown.err
+
+
+def test_colours_stand_for_loops():
+    text = sample.legend([1, 2, 2, 4])
+    assert [(text.plain[s.start : s.end], s.style.color.name) for s in text.spans] == [
+        ("1 25%", "bright_blue"),
+        ("2 50%", "cyan"),
+        ("3 0%", "yellow"),
+        ("4 25%", "red"),
+    ]
+
+
 def test_chat_wraps_the_prompt_and_text_may_spell_special_tokens(folder, monkeypatch):
     seen = []
 
@@ -356,6 +425,8 @@ def test_chain_arithmetic_is_answered_at_each_operand(tmp_path, monkeypatch, cap
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(" = ")[0] for line in lines[:3]] == ["3", "3 + 4", "3 + 4 × 2"]
     assert all(line.endswith("1 loop") for line in lines[:3])
+    call(monkeypatch, tmp_path / "a", "--prompt", "3 + 4 × 2", "--exit-threshold", 1, "--loops", 2)
+    assert capsys.readouterr().out.splitlines()[2].endswith("2 loops")
     for prompt in ("3 +", "3 4", "9 + 1", "+", "3 + x"):
         assert "is not chain arithmetic" in refused(monkeypatch, tmp_path / "a", "--prompt", prompt)
 
@@ -379,6 +450,8 @@ REFUSALS = """--prompt a --exit-threshold 1.5 | --exit-threshold 1.5 is outside 
 --prompt a --temperature -1 | --temperature -1.0 is out of its range
 --prompt a --top-p 0 | --top-p 0.0 is out of its range
 --prompt= | the prompt is empty
+--prompt | the prompt is empty
+--prompt= --chat | the prompt is empty
 --prompt a --device tpu | --device tpu is not a device"""
 
 
