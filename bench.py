@@ -79,7 +79,7 @@ class DecodeConfig:
     folder: Annotated[Path | None, tyro.conf.Positional] = None  # checkpoint folder (none: random weights)
     shape: Shape = "medium"  # of the random weights
     thresholds: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the gate's cumulative exit probability
-    batch: int = 1  # prompts side by side
+    batch: int = 1  # prompts side by side; above 1, four times as many take their turns
     prompt_tokens: int = 64  # tokens of each prompt, drawn at random
     tokens: int = 64  # new tokens of each
     rounds: int = 5  # alternating runs of each threshold; the first one more is not counted
@@ -117,17 +117,33 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
             f"{net.config.max_positions} positions: give less"
         )
     generator = data.seeded("prompts")
-    prompts = torch.randint(net.config.vocab_size, (config.batch, config.prompt_tokens), generator=generator).tolist()
+    n = 4 * config.batch if config.batch > 1 else 1
+    prompts = torch.randint(net.config.vocab_size, (n, config.prompt_tokens), generator=generator).tolist()
+
+    on_prompts, prefill = [0.0], net.prefill  # seconds that are no decoding
+
+    def timed_prefill(*args) -> torch.Tensor:
+        start = time.perf_counter()
+        state = prefill(*args)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        on_prompts[0] += time.perf_counter() - start
+        return state
+
+    net.prefill = timed_prefill
 
     def once(threshold: float) -> tuple[float, float]:
-        """Tokens per second and average loops of the decoded tokens; the first of each row is the prompt's."""
-        how = {"exit": Exit("gate", threshold), "cache": config.cache, "temperature": 1.0}
+        """Tokens per second, and average loops of the decoded ones: the first of each prompt comes from the prompt."""
+        how = {"exit": Exit("gate", threshold), "cache": config.cache, "temperature": 1.0, "batch": config.batch}
         tokens = generate(net, prompts, max_tokens=config.tokens, **how)
-        for _ in prompts:
-            next(tokens)
-        start = time.perf_counter()
-        loops = [token.loops for token in tokens]
-        return len(loops) / (time.perf_counter() - start), statistics.mean(loops)
+        begun = {next(tokens).row for _ in range(config.batch)}
+        start, loops, count, on_prompts[0] = time.perf_counter(), [], 0, 0.0
+        for token in tokens:
+            count += 1
+            if token.row in begun:
+                loops.append(token.loops)
+            begun.add(token.row)
+        return count / (time.perf_counter() - start - on_prompts[0]), statistics.mean(loops)
 
     thresholds = [*dict.fromkeys((*config.thresholds, 1.0))]
     rounds = [[once(t) for t in thresholds] for _ in range(1 + config.rounds)][1:]
@@ -196,7 +212,7 @@ def forced(net: LoopedTransformer, rows: list[data.Row], threshold: float, rule:
     ids = ids.to(device)
     slots = 1 if rule == "last" else depth
     cache = Cache(net.config, len(rows), max(ends), slots=slots, device=device, dtype=dtype)
-    net.prefill(ids[:, : max(prompts)], cache, depth)
+    net.prefill(ids[:, : max(prompts)], cache, list(range(len(rows))), depth)
     tokens = right = loops = 0
     for i in range(max(end - prompt for end, prompt in zip(ends, prompts, strict=True))):
         live = [b for b in range(len(rows)) if prompts[b] + i < ends[b]]

@@ -274,11 +274,11 @@ class LoopedTransformer(nn.Module):
                 state = layer(state, cos, sin, partial(attend, i) if attend else causal)
         return self.norm(state)
 
-    def prefill(self, ids: Tensor, cache: "Cache", loops: int) -> Tensor:
-        """All loops of the prompts, which an empty cache keeps; the state after the last one.    B T -> B T D"""
+    def prefill(self, ids: Tensor, cache: "Cache", rows: list[int], loops: int) -> Tensor:
+        """All loops of prompts, which these rows of the cache keep; the state after the last one.    R T -> R T D"""
         state, (cos, sin) = self.embed_tokens(ids), self.rotary(torch.arange(ids.shape[1], device=ids.device))
         for loop in range(loops):
-            state = self.loop(state, cos, sin, cache.prompt(loop))
+            state = self.loop(state, cos, sin, cache.prompt(rows, loop))
         return state
 
     def decode(self, state: Tensor, cache: "Cache", rows: list[int], loops: list[int], positions: list[int]) -> Tensor:
@@ -341,12 +341,12 @@ class Cache:
         self.slots, self.rows = slots, rows
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
 
-    def prompt(self, loop: int) -> Callable:
-        """The attention of one loop over the prompts of all rows, from position 0 on, which the cache keeps."""
+    def prompt(self, rows: list[int], loop: int) -> Callable:
+        """The attention of one loop over prompts, from position 0 on, which these rows of the cache keep."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for kept, new in (self.keys, k), (self.values, v):
-                kept[layer, min(loop, self.slots - 1), :, :, : new.shape[2]] = new
+                kept[layer, min(loop, self.slots - 1), rows, :, : new.shape[2]] = new
             return causal(q, k, v)
 
         return attend

@@ -118,6 +118,7 @@ def generate(
     cache: CacheRule = "copy",
     temperature: float = 0.0,
     top_p: float = 1.0,
+    batch: int | None = None,
     seeds: Sequence[object] | None = None,
     done: Callable[[int, list[int]], bool] = lambda row, text: False,
 ) -> Iterator[Token]:
@@ -128,6 +129,7 @@ def generate(
     cache    'copy': a token that left fills its deeper slots with its last loop's keys and values. 'last': one slot,
              for the last loop of every token, a quarter of the memory at four loops. 'full': every loop runs, so the
              cache is exact and no time is saved; the exit says only which loop's answer is taken
+    batch    prompts side by side (default: all); when one ends, the next takes its place
     seeds    of each prompt's draws (default: its number)
     done     told a row and its new tokens after each of them; says whether the row ends there
     Raises UserError for an empty prompt, or one longer than the model's positions.
@@ -141,40 +143,50 @@ def generate(
     loops = loops or net.config.loops
     lengths = [len(prompt) for prompt in prompts]
     longest = min(max(lengths) + max_tokens, most)
-    slots = 1 if cache == "last" else loops
-    kept = Cache(net.config, len(prompts), longest, slots=slots, device=device, dtype=weight.dtype)
+    n, slots = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
+    kept = Cache(net.config, n, longest, slots=slots, device=device, dtype=weight.dtype)
+    generators = [data.seeded("draws", seed) for seed in seeds or range(len(prompts))]
+    texts: list[list[int]] = [[] for _ in prompts]
 
-    # The prompts, at full depth, padded on the right: no token sees the padding, and decoding overwrites it
-    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)  # B T
-    for b, prompt in enumerate(prompts):
-        ids[b, : len(prompt)] = torch.tensor(prompt)
-    hidden = net.prefill(ids.to(device), kept, loops)  # B T D
+    def prefill(chosen: list[int], rows: list[int]) -> Tensor:
+        """Prompts at full depth. Padding on the right is seen by no token, and decoding overwrites it.    -> R V"""
+        ids = torch.zeros(len(chosen), max(lengths[p] for p in chosen), dtype=torch.long)  # R T
+        for r, p in enumerate(chosen):
+            ids[r, : lengths[p]] = torch.tensor(prompts[p])
+        hidden = net.prefill(ids.to(device), kept, rows, loops)  # R T D
+        return net.logits(hidden[range(len(chosen)), [lengths[p] - 1 for p in chosen]])
 
-    # One entry for each prompt that goes on (R of them), in a row of the cache. Its newest token has run `ran` loops;
+    # One entry for each prompt under way (R of them), in a row of the cache. Its newest token has run `ran` loops;
     # `answer` is what its loop `took` says comes next, and took is 0 while that is open
-    owners, rows, positions = list(range(len(prompts))), list(range(len(prompts))), [n - 1 for n in lengths]
-    answer = net.logits(hidden[rows, positions])  # R V
-    state, log_stay = torch.empty_like(hidden[:, 0]), answer.new_zeros(len(rows))  # R D, R
-    ran, took, left = [loops] * len(rows), [loops] * len(rows), list(range(len(rows)))
-    texts: list[list[int]] = [[] for _ in rows]
-    generators = [data.seeded("draws", seed) for seed in seeds or owners]
+    owners, rows, waiting = list(range(n)), list(range(n)), list(range(n, len(prompts)))
+    positions, ran, took = [lengths[p] - 1 for p in owners], [loops] * n, [loops] * n
+    answer = prefill(owners, rows)  # R V
+    state, log_stay = weight.new_empty(n, net.config.width), answer.new_zeros(n)  # R D, R
+    left = list(range(n))
     while True:
-        # Rows whose token has left: the next one, and back to the first loop
+        # Tokens that have left: the next one, and back to the first loop
         if left:
             numbers = [torch.rand((), generator=generators[owners[i]]).item() for i in left] if temperature else []
             found = draw(answer[left], numbers, temperature=temperature, top_p=top_p)
-            ended = set()
+            ended = []
             for i, token in zip(left, found, strict=True):
                 text = texts[owners[i]]
                 text.append(token)
                 yield Token(owners[i], token, took[i])
                 positions[i] += 1
                 if done(owners[i], text) or len(text) >= max_tokens or positions[i] >= most:
-                    ended.add(i)
+                    ended.append(i)
                 ran[i] = took[i] = 0
             state[left], log_stay[left] = net.embed_tokens(torch.tensor(found, device=device)), 0.0
-            if ended:
-                on = [i for i in range(len(rows)) if i not in ended]
+
+            # Prompts that have ended: the next ones take their rows, or the rest goes on without them
+            if fresh := ended[: len(waiting)]:
+                chosen, waiting = waiting[: len(fresh)], waiting[len(fresh) :]
+                answer[fresh] = prefill(chosen, [rows[i] for i in fresh])
+                for i, p in zip(fresh, chosen, strict=True):
+                    owners[i], positions[i], ran[i], took[i] = p, lengths[p] - 1, loops, loops
+            if gone := {*ended[len(fresh) :]}:
+                on = [i for i in range(len(rows)) if i not in gone]
                 if not on:
                     return
                 owners, rows, positions, ran, took = ([x[i] for i in on] for x in (owners, rows, positions, ran, took))
@@ -182,6 +194,9 @@ def generate(
                 if len(rows) <= kept.rows // 2:  # enough have ended: the cache is worth copying
                     kept.keep(rows)
                     rows = list(range(len(rows)))
+            left = [i for i in range(len(rows)) if took[i]]
+            if left:
+                continue
 
         # One loop for every row
         state = net.decode(state, kept, rows, ran, positions)

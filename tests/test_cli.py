@@ -376,6 +376,18 @@ def test_the_readme_table_is_that_of_the_results():
     assert f"{100 * (1 - half[1] / half[0]):.0f} % fewer loops" in readme
 
 
+def test_the_readme_tables_of_generation_are_those_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    for r in json.loads((ROOT / "results" / "decode.json").read_text())["rows"]:
+        label = "all loops" if r["threshold"] == 1 else r["threshold"]
+        speeds = f"{r['speedup']:.2f} | {r['ideal']:.2f} | {r['of_ideal']:.2f}"
+        assert f"| {label} | {r['tokens_per_s']:.1f} | {r['loops']:.2f} | {speeds} |" in readme
+    rows = json.loads((ROOT / "results" / "cache.json").read_text())["rows"]
+    for rule in ("full", "copy", "last"):
+        cells = [f"{100 * r['accuracy']:.1f} at {r['loops']:.2f}" for r in rows if r["cache"] == rule]
+        assert f"| `{rule}` | {' | '.join(cells)} |" in readme
+
+
 def test_every_flag_has_a_line_of_help(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")  # wider, it stands in columns
     with pytest.raises(SystemExit):

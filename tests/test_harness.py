@@ -221,8 +221,9 @@ def test_loops_stop_ids_and_draws_are_those_asked_for(net, folder, monkeypatch):
     lm = adapter(net, folder, batch=2, seed=5)
     drawn = how | {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
     texts = lm.generate_until(ask("generate_until", *[("What", drawn)] * 4, ("What", how)), disable_tqdm=True)
-    assert [len(options["seeds"]) for options in seen] == [2, 2, 1], "the greedy one goes by itself"
-    assert [(options["temperature"], options["top_p"]) for options in seen] == [(0.7, 0.9)] * 2 + [(0.0, 1.0)]
+    assert [len(options["seeds"]) for options in seen] == [4, 1], "the greedy one goes by itself"
+    assert [(options["temperature"], options["top_p"]) for options in seen] == [(0.7, 0.9), (0.0, 1.0)]
+    assert seen[0]["batch"] == 2
     assert len({*texts[:4]}) == 4, "the same prompt again is another draw"
     done = seen[0]["done"]
     assert done(0, [70, 0])

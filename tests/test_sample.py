@@ -56,7 +56,7 @@ def test_cached_decoding_equals_the_full_forward_pass(net, prefix, loops):
     padded = ids[:, : max(starts)].clone()
     for b, start in enumerate(starts):
         padded[b, start:] = 0  # padding, which must not be seen
-    net.prefill(padded, cache, loops)
+    net.prefill(padded, cache, [0, 1, 2], loops)
     for step in range(12 - max(starts)):
         positions = [start + step for start in starts]
         state = net.embed_tokens(ids[range(3), positions])
@@ -70,7 +70,7 @@ def test_rows_at_different_loops_share_a_pass(net, copying):
     ids = torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(2))
     whole = net(ids).hidden
     cache = Cache(net.config, 2, 6, slots=4, device=CPU, dtype=torch.float64)
-    net.prefill(ids[:, :4], cache, 4)
+    net.prefill(ids[:, :4], cache, [0, 1], 4)
     state = net.embed_tokens(ids[:, 4])
     state[1:] = net.decode(state[1:], cache, [1], [0], [4])
     assert_close(state[1], whole[1, 4, 0])
@@ -159,18 +159,18 @@ def slow_generate(net, prompt, *, max_tokens, exit, cache, loops):
     return found
 
 
-@pytest.mark.parametrize("loops", [2, 4])
+@pytest.mark.parametrize(("loops", "batch"), [(2, None), (4, None), (4, 2), (4, 1)])
 @pytest.mark.parametrize("cache", ["copy", "last", "full"])
 @pytest.mark.parametrize("exit", [Exit("gate", 0.3), Exit("gate", 0.8), Exit("gate", 1.0), Exit("confidence", 0.3)])
-def test_text_and_loops_equal_a_slow_reading(net, copying, exit, cache, loops):
-    """Of each row alone; together they run at different loops, and end at different times."""
+def test_text_and_loops_equal_a_slow_reading(net, copying, exit, cache, loops, batch):
+    """Of each row alone; together they run at different loops, end at different times, and make room for the next."""
     lengths = [9, 3, 12, 6]
 
     def done(row, text):
         return len(text) == lengths[row]
 
     how = {"exit": exit, "cache": cache, "loops": loops}
-    found = collect(generate(net, PROMPTS, max_tokens=12, done=done, **how))
+    found = collect(generate(net, PROMPTS, max_tokens=12, done=done, batch=batch, **how))
     with torch.no_grad():
         for row, prompt in enumerate(PROMPTS):
             assert found[row] == slow_generate(net, prompt, max_tokens=lengths[row], **how)
