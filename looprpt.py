@@ -667,10 +667,12 @@ def spread(net: LoopedTransformer, kind: str, device: torch.device) -> LoopedTra
     """
     if kind == "auto":
         size = 20 * sum(p.numel() for p in net.parameters())  # weights, gradient, two moments, teacher
-        roomy = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
-        kind = "ddp" if roomy else "fsdp"
+        small = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
+        tight = sum_over_processes(torch.tensor(float(not small), device=device)).item()
+        kind = "fsdp" if tight else "ddp"  # the same on all
     world = dist.get_world_size()
-    shards = 1 if kind == "ddp" else int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    shards = 1 if kind == "ddp" else local if world % local == 0 else world
     mesh = init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copies", "shards"))
     for module in (*net.layers, net):
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
@@ -693,8 +695,8 @@ def gather_no_more(net: LoopedTransformer | None) -> None:
 # A run on the disk: state/STAGE-STEP/ holds all that a run needs to go on, in safetensors and JSON
 
 
-def save_run(run: Run, folder: Path, keep: int) -> None:
-    """Write state/STAGE-STEP, complete or not at all, then remove all but the newest `keep`.
+def save_run(run: Run, folder: Path, config: Config) -> None:
+    """Write state/STAGE-STEP, complete or not at all; then only this stage's newest stay, and the last before it.
 
     Raises UserError if it can't be written, or the weights are not finite: then the last good one stays.
     """
@@ -704,6 +706,8 @@ def save_run(run: Run, folder: Path, keep: int) -> None:
         raise UserError(
             f"the weights are not finite after {run.stage} step {run.step}: {run.saved}; try a smaller --{run.stage}.lr"
         )
+    if model.is_writer() and (folder / "log.jsonl").exists():
+        model.sync(folder / "log.jsonl")
     with model.new_folder(target) as temporary:
         model.save(run.student, temporary / "student")
         if run.teacher:
@@ -725,16 +729,20 @@ def save_run(run: Run, folder: Path, keep: int) -> None:
     if dist.is_initialized():
         dist.barrier()  # from here on all may read it
     if model.is_writer():
-        for old in states(folder)[keep:]:
+        mine = states(folder, (run.stage,))
+        for old in mine[config.train.keep :] + [s for s in states(folder, config.objective) if s not in mine][1:]:
             (old / "state.json").unlink(missing_ok=True)  # from here on it is no checkpoint
             shutil.rmtree(old, ignore_errors=True)
 
 
-def states(folder: Path) -> list[Path]:
-    """The saved states of a run, the newest first."""
-    found = (folder / "state").glob("*-" + 6 * "[0-9]")
-    order = [*FOLDER]
-    return sorted(found, key=lambda p: (order.index(p.name.partition("-")[0]), p.name), reverse=True)
+def states(folder: Path, stages: tuple[Stage, ...]) -> list[Path]:
+    """The saved states of these stages, from the last step of the last stage back."""
+    found = []
+    for path in (folder / "state").glob("*-*"):
+        stage, _, step = path.name.partition("-")
+        if stage in stages and step.isdecimal():
+            found.append((stages.index(stage), int(step), path))
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def checksum(file: Path) -> str:
@@ -743,33 +751,37 @@ def checksum(file: Path) -> str:
 
 
 def flaw(state: Path) -> str | None:
-    """What is wrong with a saved state; None if nothing is."""
+    """What is wrong with a saved state; None if nothing is. An error of the disk is not the state's: it is raised."""
     try:
-        files = model.read_json(state / "state.json")["sha256"]
-        wrong = [name for name, digest in files.items() if checksum(state / name) != digest]
-    except (OSError, UserError, KeyError) as error:
+        info = model.read_json(state / "state.json")
+        if f"{info['stage']}-{info['step']:06}" != state.name or "student/config.json" not in info["sha256"]:
+            return "its state.json is another's"
+        wrong = [name for name, digest in info["sha256"].items() if checksum(state / name) != digest]
+    except (FileNotFoundError, UserError, KeyError, TypeError, AttributeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(wrong)} changed since it was written" if wrong else None
 
 
-def newest(folder: Path, stage: Stage) -> Path | None:
-    """The newest sound state of a stage; says which newer ones it passes over. All processes agree."""
-    found = [state for state in states(folder) if state.name.startswith(f"{stage}-")]
-    chosen = torch.tensor(len(found))
+def newest(folder: Path, stage: Stage, step: int | None = None) -> Path | None:
+    """The newest sound state of a stage, or that of a step. What is damaged is put aside. All processes agree."""
+    chosen = torch.tensor(-1)
     if model.is_writer():
-        for i, state in enumerate(found):
+        for state in states(folder, (stage,)):
+            if step is not None and state.name != f"{stage}-{step:06}":
+                continue
             if not (why := flaw(state)):
-                chosen.fill_(i)
+                chosen.fill_(int(state.name.partition("-")[2]))
                 break
             console.print(f"{state} is passed over ({why})", soft_wrap=True)
-            if (state / "state.json").exists():
-                state.rename(state.with_name(f"{state.name}.damaged"))  # it may still be of use to somebody
+            if (state / "state.json").exists():  # it may still be of use to somebody
+                aside = [state.with_name(f"{state.name}.damaged{n or ''}") for n in range(100)]
+                state.rename(next(path for path in aside if not path.exists()))
             else:
                 shutil.rmtree(state)  # it was being removed
     if dist.is_initialized():
         chosen = chosen.to("cuda") if dist.get_backend() == "nccl" else chosen
         dist.broadcast(chosen, 0)
-    return [*found, None][int(chosen)]
+    return folder / "state" / f"{stage}-{int(chosen):06}" if chosen >= 0 else None
 
 
 def load_run(state: Path, config: Config, device: torch.device, spread: Callable) -> Run:
@@ -896,10 +908,14 @@ def watch(steps: Iterator[dict], total: int, stage: str, log: TextIO, to: Callab
 def stop_signals() -> Iterator[list[str]]:
     """The names of the signals that asked for an end; a second one ends at once."""
     asked: list[str] = []
+    since: list[float] = []
 
     def note(number: int, frame) -> None:
-        asked.append(signal.Signals(number).name)
-        signal.signal(number, before[number])
+        asked[:] = [signal.Signals(number).name]
+        since.append(time.monotonic())
+        if since[-1] - since[0] > 1:  # sooner, it is a launcher's echo of the first
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -914,6 +930,8 @@ def main() -> None:
     config.check()
     folder = config.folder
     taken = [name for name in (*FOLDER.values(), "state", "results.json") if (folder / name).exists()]
+    if taken and config.resume and not (folder / "run.json").exists():
+        raise UserError(f"--out {folder} has {', '.join(taken)}, but no run.json: restore it, or begin anew")
     if taken and not config.resume:
         raise UserError(
             f"--out {folder} holds another run ({', '.join(taken)}): nothing saved is overwritten, give another, "
@@ -944,28 +962,33 @@ def main() -> None:
         except RuntimeError as error:
             if world == 1 or not is_from_processes(error):
                 raise
-            state = next(iter(states(folder)), None)
+            state = next(iter(states(folder, config.objective)), None)
             raise UserError(
                 f"another process is gone ({str(error).splitlines()[0][:200]}): "
                 f"--resume goes on from {state or 'the start'}"
+            ) from error
+        except OSError as error:
+            state = next(iter(states(folder, config.objective)), None)
+            raise UserError(
+                f"the run can't go on ({error}): mend that, or make room; --resume goes on from {state or 'the start'}"
             ) from error
         if world > 1:
             dist.destroy_process_group()
         if models is None:
             if rank == 0:
-                state = next(iter(states(folder)))
+                state = states(folder, config.objective)[0]
                 by = " ".join(asked) or "another process"
                 console.print(f"stopped by {by}, saved in {state}: --resume goes on", soft_wrap=True)
             return
-    if rank == 0:
-        source = data.source(val_rows, config.data, batch=eval.EvalConfig.batch, seed=config.seed, held_out=True)
-        scores = {
-            name: eval.score(model.load(path, device), source, device=device, precision=config.precision)
-            for name, path in models.items()
-        }
-        found = eval.results(scores, device=device, seed=config.seed)
-        write_json(folder / "results.json", found)
-        eval.show(found)
+        if rank == 0:
+            source = data.source(val_rows, config.data, batch=eval.EvalConfig.batch, seed=config.seed, held_out=True)
+            scores = {
+                name: eval.score(model.load(path, device), source, device=device, precision=config.precision)
+                for name, path in models.items()
+            }
+            found = eval.results(scores, device=device, seed=config.seed)
+            write_json(folder / "results.json", found)
+            eval.show(found)
 
 
 def is_from_processes(error: RuntimeError) -> bool:
@@ -991,7 +1014,7 @@ def run_stages(
 
     done = tuple(stage for stage in config.objective if (folder / FOLDER[stage]).exists())
     source = folder / FOLDER[done[-1]] if done else config.init
-    if done and (state := newest(folder, done[-1])):
+    if done and (state := newest(folder, done[-1], getattr(config, done[-1]).steps)):
         source = state / "student"  # in float32, whatever --save-dtype says
     if source:
         student = model.load(source, device)
@@ -1004,10 +1027,11 @@ def run_stages(
     record = {"config": asdict(config), "parameters": parameters, "starts": [], "finished": None}
     if rank == 0:
         make_folder(folder)
-        for leftover in (*folder.glob(".*.tmp"), *folder.glob("state/.*.tmp")):  # of a save that was cut off
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        if config.resume and (folder / "run.json").exists():
-            record["starts"] = model.read_json(folder / "run.json")["starts"]
+        for name in FOLDER:  # what saves that were cut off left
+            for leftover in (*folder.glob(f".{FOLDER[name]}.*.tmp"), *folder.glob(f"state/.{name}-*.tmp")):
+                shutil.rmtree(leftover)
+        if config.resume and (folder / "run.json").exists():  # the flags stay those of the first start
+            record |= {"finished": None, "starts": []} | model.read_json(folder / "run.json") | {"finished": None}
         record["starts"].append(start_record(config, device, world))
         write_json(folder / "run.json", record)
         size = f"{parameters:,} parameters, {shape.loops} loops, on {world} x {device.type}"
@@ -1020,6 +1044,11 @@ def run_stages(
             state = newest(folder, stage) if config.resume else None
             if state:
                 run = load_run(state, replace(config, model=shape), device, over_processes)
+                if run.step > getattr(config, stage).steps:
+                    raise UserError(
+                        f"--{stage}.steps {getattr(config, stage).steps} is less than the {run.step} that {state} "
+                        "has done: give as many or more"
+                    )
             else:
                 run = begin(stage, student, config, spread=over_processes)
                 if models:
@@ -1057,8 +1086,9 @@ def saving(run: Run, config: Config, steps: Iterator[dict]) -> Iterator[dict]:
     for now in steps:
         yield now
         last = run.stopped or run.step == getattr(config, run.stage).steps
-        if last or (run.step % config.train.save_every == 0 and run.bad == 0):
-            save_run(run, config.folder, config.train.keep)
+        due = last or (run.step % config.train.save_every == 0 and run.bad == 0)
+        if due and run.bad < config.train.max_bad_steps:
+            save_run(run, config.folder, config)
 
 
 def revive(kind: type, found: dict):
@@ -1091,6 +1121,11 @@ def parse() -> Config:
             raise UserError(f"{record} is not the record of a run ({error!r}): restore it, or start anew") from error
         saved, folder = replace(saved, resume=True, out=config.folder), config.folder
         config = replace(tyro.cli(Config, default=saved), out=folder)
+        if config.train.batch != saved.train.batch:
+            raise UserError(
+                f"--train.batch {config.train.batch} contradicts the run in {folder}, which has {saved.train.batch}: "
+                "leave the flag out"
+            )
         for name in ("objective", "init", "seed", "model", "data"):
             given, found = getattr(config, name), getattr(saved, name)
             for f in fields(given) if is_dataclass(given) else ():

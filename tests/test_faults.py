@@ -49,14 +49,22 @@ def refused(monkeypatch, out, *args) -> str:
     return str(error.value.code).removeprefix("error: ")
 
 
+def states(out, objective=("pretrain", "rpt")):
+    return looprpt.states(out, objective)
+
+
+def names(out, objective=("pretrain", "rpt")):
+    return [state.name for state in states(out, objective)]
+
+
 def log_of(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-def same(out, straight):
-    """Weights, teacher, moments and metrics, bit for bit."""
-    files = [f.relative_to(straight) for f in straight.rglob("*.safetensors")]
+def same(out, straight, but="none"):
+    """Weights, teacher, moments and metrics, bit for bit; but: a state that was damaged."""
+    files = [f.relative_to(straight) for f in straight.rglob("*.safetensors") if but not in f.parts]
     assert len(files) > 6
     for file in files:
         found, expected = load_file(out / file), load_file(straight / file)
@@ -99,7 +107,7 @@ def cut_at(monkeypatch, name, calls, owner=looprpt):
 
 
 def test_a_saved_state_holds_all_that_a_run_needs_and_only_the_newest_stay(straight):
-    assert [state.name for state in looprpt.states(straight)] == ["rpt-000020", "rpt-000016"]
+    assert names(straight) == ["rpt-000020", "rpt-000016", "pretrain-000030"]
     state = straight / "state" / "rpt-000020"
     assert {p.name for p in state.iterdir()} == {"state.json", "student", "teacher", "moments"}
     student, teacher, final = (model.load(x) for x in (state / "student", state / "teacher", straight / "rpt"))
@@ -153,6 +161,13 @@ def test_resuming_needs_no_other_flag_and_refuses_another_run(straight, tmp_path
     assert message == f"--model.width 32 contradicts the run in {out}, which has 16: leave the flag out"
     assert "--data.operands 4 contradicts" in refused(monkeypatch, out, "--resume", "--data.operands", 4)
     assert "--seed 1 contradicts" in refused(monkeypatch, out, "--resume", "--seed", 1)
+    assert "--train.batch 16 contradicts" in refused(monkeypatch, out, "--resume", "--train.batch", 16)
+    assert "--pretrain.steps 10 is less than the 16" in refused(monkeypatch, out, "--resume", "--pretrain.steps", 10)
+    monkeypatch.setattr(sys, "argv", ["looprpt.py", "--out", str(out), "--resume", "--pretrain.steps", "30"])
+    record = (out / "run.json").read_text()
+    (out / "run.json").unlink()
+    assert "but no run.json: restore it, or begin anew" in refused(monkeypatch, out, "--resume")
+    (out / "run.json").write_text(record)
     monkeypatch.setattr(sys, "argv", ["looprpt.py", "--out", str(out), "--resume"])
     model.report(looprpt.main)
     same(out, straight)
@@ -211,7 +226,7 @@ def partial_run(monkeypatch, out, steps):
 def test_a_damaged_newest_state_is_passed_over(straight, tmp_path, monkeypatch, capsys, damage):
     out = tmp_path / "out"
     partial_run(monkeypatch, out, 43)
-    first, second = looprpt.states(out)
+    first, second, _ = states(out)
     damage(first)
     capsys.readouterr()
     call(monkeypatch, out, "--resume")
@@ -227,19 +242,58 @@ def flip(file):
     file.write_bytes(content)
 
 
+def test_a_state_damaged_twice_is_put_aside_twice(straight, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    partial_run(monkeypatch, out, 43)
+    for again in range(2):
+        flip(out / "state" / "rpt-000012" / "student" / "model.safetensors")
+        if not again:
+            with monkeypatch.context() as patch:
+                cut_at(patch, "count", 6)
+                with pytest.raises(Cut):
+                    call(patch, out, "--resume")
+    call(monkeypatch, out, "--resume")
+    same(out, straight)
+    assert {p.name for p in (out / "state").glob("*.damaged*")} == {"rpt-000012.damaged", "rpt-000012.damaged1"}
+
+
+def test_a_damaged_last_state_of_a_finished_stage_gives_way_to_its_checkpoint(straight, tmp_path, monkeypatch):
+    """Not to an older state of that stage."""
+    out = tmp_path / "out"
+    partial_run(monkeypatch, out, 32)
+    assert names(out) == ["pretrain-000030", "pretrain-000028"]
+    flip(states(out)[0] / "student" / "model.safetensors")
+    call(monkeypatch, out, "--resume")
+    same(out, straight, but="pretrain-000030")
+
+
+def test_a_disk_error_is_not_taken_for_damage(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    partial_run(monkeypatch, out, 43)
+
+    def broken(file):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(looprpt, "checksum", broken)
+        message = refused(patch, out, "--resume")
+    assert message.startswith("the run can't go on ([Errno 5] Input/output error): mend that")
+    assert names(out)[0] == "rpt-000012"
+
+
 def test_if_every_state_is_damaged_the_stage_starts_again(straight, tmp_path, monkeypatch):
     out = tmp_path / "out"
     partial_run(monkeypatch, out, 45)
-    for state in looprpt.states(out):
+    for state in states(out):
         (state / "state.json").write_text("{}")
     call(monkeypatch, out, "--resume")
-    same(out, straight)
+    same(out, straight, but="pretrain-000030")
 
 
 def test_a_state_of_another_model_is_refused_by_name(tmp_path, monkeypatch):
     out = tmp_path / "out"
     partial_run(monkeypatch, out, 43)
-    state = looprpt.states(out)[0]
+    state = states(out)[0]
     shutil.rmtree(state / "student")
     model.save(LoopedTransformer(replace(model.load_config(out / "base"), width=24)), state / "student")
     info = json.loads((state / "state.json").read_text())
@@ -247,6 +301,30 @@ def test_a_state_of_another_model_is_refused_by_name(tmp_path, monkeypatch):
     (state / "state.json").write_text(json.dumps(info))
     message = refused(monkeypatch, out, "--resume")
     assert message == f"{state} is of another model: its width is 24, this run's 16; remove it"
+
+
+def test_states_are_ordered_by_the_stages_of_the_run_and_by_number(tmp_path):
+    steps = ("gate-000004", "pretrain-999996", "pretrain-1000000", "rpt-000009", "copy-000001", "rpt-000010.damaged")
+    for name in steps:
+        (tmp_path / "state" / name).mkdir(parents=True)
+    expected = ["gate-000004", "rpt-000009", "pretrain-1000000", "pretrain-999996"]
+    assert names(tmp_path, ("pretrain", "rpt", "gate")) == expected
+
+
+def test_stages_in_another_order_keep_their_states(tmp_path, monkeypatch):
+    """The gate last: its state, with the moments of the gate alone, goes on bit for bit."""
+    order = ["--objective", "pretrain", "rpt", "gate", "--gate.steps", 12]
+    for out in (tmp_path / "straight", tmp_path / "out"):
+        with monkeypatch.context() as patch:
+            if out.name == "out":
+                cut_at(patch, "count", 30 + 20 + 7)
+                with pytest.raises(Cut):
+                    call(patch, out, *order)
+                assert names(out, ("pretrain", "rpt", "gate")) == ["gate-000004", "rpt-000020"]
+            else:
+                call(patch, out, *order)
+    call(monkeypatch, tmp_path / "out", "--resume")
+    same(tmp_path / "out", tmp_path / "straight")
 
 
 # Steps that go wrong
@@ -304,6 +382,30 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_at_its_last_good_state(tmp_pat
     assert not (tmp_path / "out" / "state" / "rpt-000008").exists(), "a bad step's weights are not saved"
 
 
+def test_a_stage_that_ends_in_bad_steps_is_no_success_when_resumed(tmp_path, monkeypatch):
+    poison(monkeypatch, range(1, 1000))
+    few = ["--rpt.steps", 5, "--train.max-bad-steps", 5]
+    for resume in ([], ["--resume"]):
+        assert "not finite in 5 steps in a row" in refused(monkeypatch, tmp_path / "out", *few, *resume)
+    assert not (tmp_path / "out" / "rpt").exists()
+
+
+def test_an_echo_of_a_signal_is_not_a_second_one():
+    with looprpt.stop_signals() as asked:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        assert asked == ["SIGTERM"]
+
+
+def test_a_full_disk_anywhere_ends_in_a_sentence(tmp_path, monkeypatch):
+    def full(*args, **how):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(looprpt, "watch", full)
+    message = refused(monkeypatch, tmp_path / "out")
+    assert message.startswith("the run can't go on ([Errno 28] No space left on device): mend that, or make room")
+
+
 # Signals, disks
 
 
@@ -329,7 +431,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_save_and_status_0(tmp_path,
         run.send_signal(number)
         shown, error = run.communicate(timeout=60)
     assert run.returncode == 0, error
-    (state,) = looprpt.states(out)
+    (state,) = states(out)
     assert f"stopped by {number.name}, saved in {state}: --resume goes on" in " ".join(shown.split())
     assert looprpt.flaw(state) is None
     assert log_of(out)[-1]["step"] == int(state.name.partition("-")[2]), "the last step is in the log and in the state"
@@ -343,7 +445,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_leaves_what_was_saved(straig
     mounted = (
         os.geteuid() == 0
         and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)], capture_output=True, check=False
+            ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True, check=False
         ).returncode
     )
     try:
@@ -361,7 +463,7 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_leaves_what_was_saved(straig
             message = refused(patch, out, "--train.keep", 100)
         assert "can't be written" in message
         assert "what was saved before is intact" in message
-        found = looprpt.states(out)
+        found = states(out)
         assert found
         assert all(looprpt.flaw(state) is None for state in found)
         assert not [p for p in (out / "state").iterdir() if p.name.startswith(".")], "nothing half-written stays"
@@ -402,7 +504,7 @@ def test_a_process_that_dies_ends_the_others_in_a_sentence(tmp_path):
     assert last.startswith("error: another process is gone (")
     assert f"--resume goes on from {out / 'state' / 'pretrain-0000'}" in last
     assert "Traceback" not in error
-    assert looprpt.flaw(looprpt.states(out)[0]) is None
+    assert looprpt.flaw(states(out)[0]) is None
 
 
 def go_on(rank, world, out, kind, meet):
@@ -449,7 +551,8 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch, k
             )
     shutil.rmtree(out / "rpt")
     (out / "results.json").unlink()
-    shutil.rmtree(looprpt.states(out)[0])
+    shutil.rmtree(states(out)[0])
+    assert names(out)[0] == "rpt-000016"
     call(monkeypatch, out, *QUIET, "--resume")
     close(out / "rpt", tmp_path / "straight" / "rpt")
 
@@ -474,7 +577,7 @@ def test_thirty_kills_at_random_moments_lose_nothing(straight, tmp_path):
             run.kill()
             run.communicate()
         kills += 1
-        before = looprpt.states(out)
+        before = states(out)
         assert len(before) <= 4
         sound = [state for state in before if looprpt.flaw(state) is None]
         assert sound or kills < 3, "a sound state is there after every kill"
