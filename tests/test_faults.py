@@ -171,7 +171,8 @@ def test_resuming_needs_no_other_flag_and_refuses_another_run(straight, tmp_path
     monkeypatch.setattr(sys, "argv", ["looprpt.py", "--out", str(out), "--resume"])
     model.report(looprpt.main)
     same(out, straight)
-    assert len(json.loads((out / "run.json").read_text())["starts"]) == 2
+    starts = json.loads((out / "run.json").read_text())["starts"]
+    assert [len(s["argv"]) for s in starts][-1] == 4, "every start is there, with its flags"
 
 
 def test_resuming_where_nothing_was_run_starts_a_run(straight, tmp_path, monkeypatch):
