@@ -305,6 +305,7 @@ def commands() -> list[str]:
     return [part.strip() for line in lines if line for part in line.split("&&")]
 
 
+@pytest.mark.slow
 def test_every_readme_command_runs(tmp_path, monkeypatch):
     """As written and in their order, only with fewer steps, and two processes for eight."""
     questions = [{"question": f"{i} + {i}?", "answer": f"The sum is {2 * i}."} for i in range(40)]

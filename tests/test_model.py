@@ -378,7 +378,8 @@ def reindex(folder, change):
     (folder / model.INDEX).write_text(json.dumps(index | {"weight_map": change(index["weight_map"])}))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_loading_holds_little_more_than_the_model(tmp_path, dtype):
     """Peak memory of a process that loads 220 MB (in float32), over that of one that loads next to nothing."""
     shape = ModelConfig(layers=16, loops=2, width=512, heads=8, vocab_size=8192)
