@@ -183,7 +183,7 @@ class CacheConfig:
     folder: Annotated[Path, tyro.conf.Positional]  # checkpoint folder
     data: data.DataConfig  # a file that was not trained on
     thresholds: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 1.0)  # of the gate's cumulative exit probability
-    rows: int = 200  # documents, the first of the file
+    rows: int = 200  # documents at most, evenly by length
     batch: int = 32  # of them side by side
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     dtype: Precision = "auto"  # of weights and cache (auto: as stored)
@@ -245,7 +245,7 @@ def cache(config: Annotated[CacheConfig, tyro.conf.arg(name="")]) -> None:
     net, tokenizer = sample.load(config.folder, device, config.dtype)
     rows, notes = data.encode(config.data.path, tokenizer, config.data)
     rows = sorted((r for r in rows if len(r.ids) > r.prompt + 1), key=lambda r: len(r.ids))
-    rows = sorted(rows[:: -(-len(rows) // config.rows)], key=lambda r: len(r.ids))
+    rows = rows[:: -(-len(rows) // config.rows)]
     console.print(*notes, sep="\n", end="\n" * bool(notes), soft_wrap=True)
     found = []
     for rule in ("full", "copy", "last"):
@@ -362,9 +362,8 @@ def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     for head in ("GPUs", *parts[config.gpus[0]], "all", "s/step"):
         table.add_column(head, justify="right", no_wrap=True)
     for gpus, sizes in parts.items():
-        turns = (
-            -(-config.batch // (gpus * config.rows)) * config.rows * gpus / config.batch
-        )  # above 1 if some GPUs idle
+        at_once = gpus * config.rows
+        turns = -(-config.batch // at_once) * at_once / config.batch  # above 1 if some GPUs idle
         seconds = flops * turns / (gpus * config.peak * 1e12 * config.mfu)
         cells = [f"{size / gib:.1f}" for size in (*sizes.values(), sum(sizes.values()))]
         table.add_row(str(gpus), *cells, f"{seconds:.2f}")

@@ -326,40 +326,38 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
             for i, how in enumerate(asked):
                 groups.setdefault(repr(how), []).append(i)
             found = [""] * len(requests)
-            bar = Progress(console=console, disable=disable_tqdm)
-            task = bar.add_task("generating", total=len(requests))
-            for group in groups.values():
-                bar.start()
-                group.sort(key=lambda i: -len(prompts[i]))
-                how, texts = asked[group[0]], [[] for _ in group]
-                until = [text for text in how["until"] if text]
-                tail = 8 + 4 * max(map(len, until), default=0)  # tokens that may hold the end of a stop text
+            with Progress(console=console, disable=disable_tqdm) as bar:
+                task = bar.add_task("generating", total=len(requests))
+                for group in groups.values():
+                    group.sort(key=lambda i: -len(prompts[i]))
+                    how, texts = asked[group[0]], [[] for _ in group]
+                    until = [text for text in how["until"] if text]
+                    tail = 8 + 4 * max(map(len, until), default=0)  # tokens that may hold the end of a stop text
 
-                def done(row: int, text: list[int], until=until, tail=tail, most=how["max_gen_toks"]) -> bool:
-                    end = tokenizer.decode(text[-tail:], skip_special_tokens=False)
-                    ended = text[-1] in stops or any(stop in end for stop in until) or len(text) == most
-                    bar.advance(task, ended)
-                    return ended
+                    def done(row: int, text: list[int], until=until, tail=tail, most=how["max_gen_toks"]) -> bool:
+                        end = tokenizer.decode(text[-tail:], skip_special_tokens=False)
+                        ended = text[-1] in stops or any(stop in end for stop in until) or len(text) == most
+                        bar.advance(task, ended)
+                        return ended
 
-                for token in generate(
-                    net,
-                    [prompts[i] for i in group],
-                    max_tokens=how["max_gen_toks"],
-                    exit=exit,
-                    loops=config.loops,
-                    cache=config.cache,
-                    temperature=how.get("temperature") or 0.0,
-                    top_p=how.get("top_p") or 1.0,
-                    batch=config.batch,
-                    seeds=[f"{config.seed}/{i}" for i in group],
-                    done=done,
-                ):
-                    texts[token.row].append(token.id)
-                    self.loops.setdefault(requests[group[token.row]].task_name, []).append(token.loops)
-                for i, ids in zip(group, texts, strict=True):
-                    text = tokenizer.decode(ids, skip_special_tokens=True)
-                    found[i] = min((text.partition(stop)[0] for stop in until), key=len, default=text)
-            bar.stop()
+                    for token in generate(
+                        net,
+                        [prompts[i] for i in group],
+                        max_tokens=how["max_gen_toks"],
+                        exit=exit,
+                        loops=config.loops,
+                        cache=config.cache,
+                        temperature=how.get("temperature") or 0.0,
+                        top_p=how.get("top_p") or 1.0,
+                        batch=config.batch,
+                        seeds=[f"{config.seed}/{i}" for i in group],
+                        done=done,
+                    ):
+                        texts[token.row].append(token.id)
+                        self.loops.setdefault(requests[group[token.row]].task_name, []).append(token.loops)
+                    for i, ids in zip(group, texts, strict=True):
+                        text = tokenizer.decode(ids, skip_special_tokens=True)
+                        found[i] = min((text.partition(stop)[0] for stop in until), key=len, default=text)
             return found
 
     return Looped()

@@ -560,7 +560,11 @@ def train(
             micro = Batch(*(part[i * size : (i + 1) * size] for part in batch))
             if not micro.mask.any() and world == 1:
                 continue
-            micro = counted(micro, device)
+            micro = counted(micro, torch.device("cpu"))
+            measured["flops"] += step_flops(
+                stage, run.student.config, cfg, micro
+            )  # here, where nothing waits for a GPU
+            micro = Batch(*(part.to(device) for part in micro))
             with autocast(device, config.precision):
                 if stage == "pretrain":
                     found = pretrain_step(run.student, micro, cfg, counts=counts)
@@ -573,7 +577,6 @@ def train(
             found.loss.backward()
             for name, value in found.measured.items():
                 measured[name] += value
-            measured["flops"] += step_flops(stage, run.student.config, cfg, micro)
         gather_no_more(run.student)
         now = dict(zip(measured, sum_over_processes(torch.stack([*measured.values()])).tolist(), strict=True))
         now["grad_norm"] = whole(clip_grad_norm_(parameters, config.train.clip)).item()
@@ -787,7 +790,7 @@ def newest(folder: Path, stage: Stage, step: int | None = None) -> Path | None:
 def load_run(state: Path, config: Config, device: torch.device, spread: Callable) -> Run:
     """A run as it was saved, on this number of processes. Raises UserError if it is another model's."""
     info, shape = model.read_json(state / "state.json"), model.load_config(state / "student")
-    for f in fields(ModelConfig) if config.model.vocab_size else ():
+    for f in fields(ModelConfig):
         found, given = getattr(shape, f.name), getattr(config.model.resolved(), f.name)
         if found != given:
             raise UserError(f"{state} is of another model: its {f.name} is {found}, this run's {given}; remove it")
@@ -1106,6 +1109,18 @@ def revive(kind: type, found: dict):
     return kind(**values)
 
 
+FIXED = ("objective", "init", "seed", "model.", "data.", "train.batch")  # what a run stays with when it is resumed
+
+
+def flags(config, group: str = "") -> dict[str, object]:
+    """Every flag's name and value."""
+    found = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        found |= flags(value, f"{f.name}.") if is_dataclass(value) else {f"{group}{f.name}": value}
+    return found
+
+
 def parse() -> Config:
     """The command line.
 
@@ -1121,19 +1136,10 @@ def parse() -> Config:
             raise UserError(f"{record} is not the record of a run ({error!r}): restore it, or start anew") from error
         saved, folder = replace(saved, resume=True, out=config.folder), config.folder
         config = replace(tyro.cli(Config, default=saved), out=folder)
-        if config.train.batch != saved.train.batch:
-            raise UserError(
-                f"--train.batch {config.train.batch} contradicts the run in {folder}, which has {saved.train.batch}: "
-                "leave the flag out"
-            )
-        for name in ("objective", "init", "seed", "model", "data"):
-            given, found = getattr(config, name), getattr(saved, name)
-            for f in fields(given) if is_dataclass(given) else ():
-                if getattr(given, f.name) != getattr(found, f.name):
-                    name, given, found = f"{name}.{f.name}", getattr(given, f.name), getattr(found, f.name)
-                    break
-            if given != found:
-                flag = f"--{name.replace('_', '-')} {given}"
+        given = flags(config)
+        for name, found in flags(saved).items():
+            if name.startswith(FIXED) and given[name] != found:
+                flag = f"--{name.replace('_', '-')} {given[name]}"
                 raise UserError(f"{flag} contradicts the run in {folder}, which has {found}: leave the flag out")
         return config
     if not config.init:

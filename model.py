@@ -216,9 +216,7 @@ class LoopedTransformer(nn.Module):
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
         super().__init__()
         self.config = c = config.resolved()
-        self.checkpointing = (
-            False  # in training, run each layer again in the backward pass instead of keeping its inside
-        )
+        self.checkpointing = False  # in training: keep no layer's inside for the backward pass, run it again
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.rms_norm_eps)
