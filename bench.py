@@ -1,27 +1,39 @@
 """How fast it is: ratios within one run, with random weights of a known shape or a checkpoint.
 
+python bench.py rpt                                  a LoopRPT step beside a plain reading of the paper
+python bench.py pretrain --shape ouro-1.4b           a Stage I step beside a plain one
+python bench.py eval                                 scoring beside plain scoring
 python bench.py decode                       what exits that stop save, one prompt
 python bench.py decode out/rpt --batch 16    a checkpoint's own gate, sixteen prompts at once
 python bench.py cache text/rpt --data.path val.jsonl     what the cache of early exits costs in accuracy
 python bench.py plan --shape ouro-2.6b --gpus 8      memory and time of training, before it is tried
 """
 
+import contextlib
+import copy
 import json
 import math
+import os
 import statistics
+import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import tyro
+from einops import rearrange, repeat
 from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import clip_grad_norm_
+from torch.profiler import ProfilerActivity, profile
 
 import data
 import eval
@@ -34,11 +46,14 @@ from sample import CacheRule, Exit, generate
 console = Console()
 OURO = {"width": 2048, "heads": 16, "ffn": 5632, "vocab_size": 49152}
 SHAPES = {
+    "demo": ModelConfig(vocab_size=8),
+    "small": ModelConfig(layers=4, width=256, vocab_size=8192),
     "medium": ModelConfig(layers=12, width=512, heads=8, vocab_size=8192),
     "ouro-1.4b": ModelConfig(layers=24, **OURO),
     "ouro-2.6b": ModelConfig(layers=48, **OURO),
 }
-Shape = Literal["medium", "ouro-1.4b", "ouro-2.6b"]
+Shape = Literal["demo", "small", "medium", "ouro-1.4b", "ouro-2.6b"]
+ROWS = {"demo": (128, 11), "small": (8, 256), "medium": (4, 512), "ouro-1.4b": (1, 4096), "ouro-2.6b": (1, 4096)}
 
 
 def random_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> LoopedTransformer:
@@ -342,14 +357,15 @@ def memory(config: PlanConfig, gpus: int) -> dict[str, float]:
         "teacher": 4 * n / shards if rpt else 0.0,
         "gathered": (4 * n + 4 * trained) * (shards > 1) + 2 * n,  # and the weights in bfloat16
         "layers": kept + 3 * loops * state,  # each loop's state, before and after its norm, and stacked
-        "head": 3 * 4 * words,  # logits, their log-probabilities, a gradient
+        "head": 3 * 4 * min(words, looprpt.KEPT),  # logits, their log-probabilities, a gradient
     }
 
 
 def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     """GiB on each GPU at the peak of a training step, and the seconds that a step takes.
 
-    Computed, not measured: what a layer keeps comes from running it on tensors without memory, the time from --mfu.
+    Computed, not measured: what a layer keeps comes from running it on tensors without memory, the time from --mfu;
+    torch.compile keeps less.
     """
     config.check()
     c, gib = SHAPES[config.shape].resolved(), 2**30
@@ -375,8 +391,329 @@ def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     )
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and scoring, beside plain forms of the same
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    shape: Shape = "small"  # of the random weights
+    rows: int = 0  # rows in a step, all at once (0: what suits the shape)
+    length: int = 0  # tokens in a row (0: what suits the shape)
+    rounds: int = 3  # alternating runs of each form; two more, before them, are not counted
+    precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
+    plain: bool = True  # time the plain form too, which may need more memory than there is
+    compile: bool = True  # time ours with torch.compile too
+    checkpoint: bool = False  # ours as with --train.checkpoint
+    device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
+    out: Path | None = None  # JSON file to add the result to
+
+    def check(self) -> None:
+        """Raise UserError for a value outside its range."""
+        for name, least in (("rows", 0), ("length", 0), ("rounds", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name} {getattr(self, name)} is too small: give {least} or more")
+        if self.length == 1:
+            raise UserError("--length 1 is too small: a row needs 2 or more tokens")
+        gathered(self.out)
+
+
+def yardstick(student, teacher, batch: data.Batch, cfg: looprpt.RPTConfig, generator: torch.Generator) -> Tensor:
+    """The loss of a LoopRPT step, read from the paper line by line: every pass is one of its own at full depth, and
+    every loop of every position of each goes through the vocabulary."""
+    n_loops, vocab = student.config.loops, student.config.vocab_size
+    targets, mask = batch.targets, batch.mask.to(batch.inputs.device)
+
+    def run(net: LoopedTransformer, ids: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        out = net(ids, noise_std=noise, generator=generator)
+        logits = net.logits(out.hidden).log_softmax(-1)  # B T L V
+        gold = repeat(targets, "b t -> (b g) t l 1", g=len(ids) // len(targets), l=n_loops)
+        leave, stay = torch.sigmoid(out.gate), torch.sigmoid(-out.gate)  # B T L
+        reached = F.pad(stay[..., :-1].cumprod(-1), (1, 0), value=1.0)
+        pi = torch.cat((leave[..., :-1], torch.ones_like(leave[..., :1])), -1) * reached
+        return logits.gather(-1, gold)[..., 0], pi, logits, -(logits[:, :, -1].exp() * logits[:, :, -1]).sum(-1)
+
+    with torch.no_grad():
+        ref_logp, ref_pi, _, entropy = run(teacher, batch.inputs)
+        hard = torch.zeros_like(mask)
+        for b in range(len(mask)):
+            counted = mask[b].nonzero()[:, 0]
+            k = math.ceil(cfg.rho * len(counted) - 1e-9)
+            hard[b, counted[entropy[b, counted].topk(k).indices]] = True
+        ref_loop = (ref_pi.cumsum(-1)[..., :-1] < cfg.tau).sum(-1)  # B T
+        baseline = ref_logp.gather(-1, ref_loop[..., None])
+        difficulty = (entropy / math.log(vocab)).clamp(0, 1)
+        price = cfg.lambda_base * (1 + cfg.lambda_scale * (1 - difficulty))
+        late = torch.arange(n_loops, device=mask.device) - ref_loop[..., None]
+        reward = run(student, batch.inputs)[0] - baseline - price[..., None] * late  # B T L
+    logp, pi, _, _ = run(student, batch.inputs)
+    _, noisy_pi, _, _ = run(student, batch.inputs.repeat_interleave(cfg.rollouts, 0), cfg.noise_std)
+    noisy_pi = rearrange(noisy_pi, "(b g) t l -> b t g l", g=cfg.rollouts)[hard]  # N G L
+    logp, pi, ref_logp, reward = (x[hard] for x in (logp, pi, ref_logp, reward))  # N L
+    exits = looprpt.draw_exits(noisy_pi.detach().log(), generator)[..., None]  # N G 1
+    earned = repeat(reward, "n l -> n g l", g=cfg.rollouts).gather(-1, exits)[..., 0]  # N G
+    advantage = (earned - earned.mean(-1, keepdim=True)) / (earned.std(-1, keepdim=True) + 1e-6)
+    pg = -(advantage * noisy_pi.gather(-1, exits)[..., 0].log()).mean()
+    better = (reward - reward.mean(-1, keepdim=True)) / (reward.std(-1, keepdim=True) + 1e-6)
+    rep = -((pi * (1 + better.relu())).detach() * logp).sum(-1).mean()
+    ent = (pi * pi.log()).sum(-1).mean()
+    ratio = ref_logp - logp
+    kl = (ratio.exp() - ratio - 1).mean()
+    return cfg.pg_weight * pg + cfg.rep_weight * rep + cfg.ent_weight * ent + cfg.kl_weight * kl
+
+
+def plain_pretrain(student: LoopedTransformer, batch: data.Batch, beta: float) -> Tensor:
+    """Stage I with all logits at once."""
+    out = student(batch.inputs)
+    gold = repeat(batch.targets, "b t -> b t l 1", l=student.config.loops)
+    logp = student.logits(out.hidden).log_softmax(-1).gather(-1, gold)[..., 0]  # B T L
+    logpi = model.exit_logpdf(out.gate)
+    loss = (logpi.exp() * (beta * logpi - logp)).sum(-1)  # B T
+    return loss[batch.mask.to(loss.device)].mean()
+
+
+@torch.no_grad()
+def plain_score(net: LoopedTransformer, batch: data.Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """What eval.score finds, with all logits at once."""
+    out = net(batch.inputs)
+    logits = net.logits(out.hidden)  # B T L V
+    entropy = torch.distributions.Categorical(logits=logits[:, :, -1]).entropy()
+    return (logits.argmax(-1) == batch.targets[..., None]).cpu(), out.gate.cpu(), entropy.cpu()
+
+
+def peak_bytes(step: Callable[[], None], standing: int, device: torch.device) -> int:
+    """Most memory in a step: what a GPU says, or on a CPU what stands before it and the tensors that it makes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device)
+    with silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    events = sorted(
+        (e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
+    now = most = 0
+    for _, size in events:
+        now += size
+        most = max(most, now)
+    return standing + most
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing on standard error, to which the profiler writes in C."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def peak_flops(device: torch.device, precision: Precision) -> float:
+    """The vendor's figure of a GPU; of any other device, what a large matrix product reaches."""
+    if peak := looprpt.peak_flops(device):
+        return peak
+    a, seconds = torch.randn(2048, 2048, device=device), []
+    for _ in range(5):
+        with eval.autocast(device, precision), torch.no_grad():
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)
+
+
+def gathered(out: Path | None) -> list[dict]:
+    """The results that a file holds already. Raises UserError if it is something else."""
+    if not (out and out.exists()):
+        return []
+    found = model.read_json(out).get("runs")
+    if not isinstance(found, list) or not all(isinstance(r, dict) and "forms" in r for r in found):
+        raise UserError(f"--out {out} holds no results of these benchmarks: give another name")
+    return found
+
+
+class Form(NamedTuple):
+    step: Callable[[], None]
+    flops: float  # operations that it needs
+
+
+def race(name: str, config: SpeedConfig, setup: Callable) -> None:
+    """Time the forms of a step side by side, and print how they compare with the first.
+
+    setup  device, net, source -> the forms by name, the models whose layers they run, and the bytes that stand before
+           a step; "plain" is never compiled
+    """
+    config.check()
+    device, usual = pick_device(config.device), ROWS[config.shape]
+    rows, length = config.rows or usual[0], config.length or usual[1]
+    shape = replace(SHAPES[config.shape], max_positions=max(SHAPES[config.shape].max_positions, length))
+    with torch.device(device):
+        net = LoopedTransformer(shape, generator=data.seeded(config.shape, device=device))
+    net.checkpointing = config.checkpoint
+    ids = torch.randint(shape.vocab_size, (rows, length + 1), generator=data.seeded("rows")).tolist()
+    forms, nets, standing = setup(device, net, data.Documents([data.Row(row, 1) for row in ids], batch=rows, seed=0))
+    if not config.plain:
+        del forms["plain"]
+    if config.compile:
+        forms |= {f"{form}, compiled": forms[form] for form in forms if form != "plain"}
+
+    def go(form: str) -> float:
+        for layer in (layer for n in nets for layer in n.layers):
+            layer.compiled = form.endswith("compiled")
+        start = time.perf_counter()
+        forms[form].step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    sizes = {}
+    bar = {"console": console, "transient": True, "disable": not console.is_terminal}
+    for form in track(forms, "warming up", **bar):
+        try:
+            go(form)
+            sizes[form] = peak_bytes(lambda form=form: go(form), standing, device)
+        except torch.OutOfMemoryError:
+            console.print(f"{form}: more memory than there is")
+    if not sizes:
+        raise UserError(f"--rows {rows} --length {length}: nothing fits into the memory of {device}, give less")
+    times = [{form: go(form) for form in sizes} for _ in track(range(config.rounds), "timing", **bar)]
+    first, peak, found = next(iter(sizes)), peak_flops(device, config.precision), []
+    for form, size in sizes.items():
+        seconds = statistics.median(t[form] for t in times)
+        speedup = statistics.median(t[first] / t[form] for t in times)
+        row = {"form": form, "tokens_per_s": rows * length / seconds, "speedup": speedup, "peak_gib": size / 2**30}
+        found.append(row | {"memory": size / sizes[first], "mfu": forms[form].flops / seconds / peak})
+    low = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    result = {
+        "bench": name,
+        "shape": config.shape,
+        "rows": rows,
+        "length": length,
+        "precision": "bf16" if low else "fp32",
+    }
+    result |= {"threads": torch.get_num_threads(), "peak_tflops": peak / 1e12, "forms": found} | eval.provenance(device)
+    title = f"{name}, {config.shape}, {rows} rows of {length}, {result['precision']}, {result['device']}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for head in HEADS:
+        table.add_column(head, justify="right" if head else "left")
+    for row in found:
+        table.add_row(*speed_cells(row))
+    console.print(table)
+    if config.out:
+        eval.make_folder(config.out.parent)
+        looprpt.write_json(config.out, {"runs": [*gathered(config.out), result]})
+
+
+HEADS = ("", "tokens/s", "speed-up", "peak GiB", "of plain", "MFU")
+
+
+def speed_cells(row: dict) -> list[str]:
+    speeds = f"{row['tokens_per_s']:,.0f}", f"{row['speedup']:.2f}", f"{row['peak_gib']:.2f}", f"{row['memory']:.2f}"
+    return [row["form"], *speeds, f"{100 * row['mfu']:.0f} %"]
+
+
+def rpt(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
+    """A step of LoopRPT, backward pass, optimiser and teacher included: ours beside a plain reading of the paper.
+
+    plain and sampled draw exits in 8 rollouts, exact takes the expectation in one. MFU counts the operations that our
+    form of the step needs, also for the plain one.
+    """
+
+    def setup(device: torch.device, net: LoopedTransformer, source: data.Documents) -> tuple:
+        teacher, batch = copy.deepcopy(net).requires_grad_(False), eval.counted(source.batch(0), device)
+        optimizer = looprpt.optimizer_for(net, 0.0, 0.0)  # a learning rate of 0: all forms find the same weights
+        counts, _ = looprpt.count(batch, looprpt.RPTConfig.rho, device)
+
+        def form(loss: Callable, cfg: looprpt.RPTConfig) -> Form:
+            def step() -> None:
+                optimizer.zero_grad()
+                with eval.autocast(device, config.precision):
+                    found = loss(cfg, data.seeded("noise", device=device))
+                found.backward()
+                clip_grad_norm_(net.parameters(), 1.0)
+                optimizer.step()
+                looprpt.update_teacher(teacher, net, 0.995)
+
+            return Form(step, looprpt.step_flops("rpt", net.config, cfg, batch))
+
+        def plain(cfg: looprpt.RPTConfig, generator: torch.Generator) -> Tensor:
+            return yardstick(net, teacher, batch, cfg, generator)
+
+        def ours(cfg: looprpt.RPTConfig, generator: torch.Generator) -> Tensor:
+            return looprpt.rpt_step(net, teacher, batch, cfg, counts=counts, generator=generator).loss
+
+        sampled, exact = looprpt.RPTConfig(estimator="sampled", rollouts=8), looprpt.RPTConfig()
+        forms = {"plain": form(plain, sampled), "sampled": form(ours, sampled), "exact": form(ours, exact)}
+        return forms, (net, teacher), 16 * sum(p.numel() for p in net.parameters())  # weights, teacher, two moments
+
+    race("rpt", config, setup)
+
+
+def pretrain(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
+    """A step of Ouro's Stage I, backward pass and optimiser included: ours beside one that makes all logits at once."""
+
+    def setup(device: torch.device, net: LoopedTransformer, source: data.Documents) -> tuple:
+        batch, cfg = eval.counted(source.batch(0), device), looprpt.PretrainConfig()
+        optimizer = looprpt.optimizer_for(net, 0.0, 0.0)
+        counts, _ = looprpt.count(batch, looprpt.RPTConfig.rho, device)
+
+        def form(loss: Callable[[], Tensor]) -> Form:
+            def step() -> None:
+                optimizer.zero_grad()
+                with eval.autocast(device, config.precision):
+                    found = loss()
+                found.backward()
+                clip_grad_norm_(net.parameters(), 1.0)
+                optimizer.step()
+
+            return Form(step, looprpt.step_flops("pretrain", net.config, cfg, batch))
+
+        plain = form(lambda: plain_pretrain(net, batch, cfg.beta))
+        ours = form(lambda: looprpt.pretrain_step(net, batch, cfg, counts=counts).loss)
+        return {"plain": plain, "ours": ours}, (net,), 12 * sum(p.numel() for p in net.parameters())
+
+    race("pretrain", config, setup)
+
+
+def evaluate(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
+    """Scoring: ours beside one that makes all logits at once."""
+
+    def setup(device: torch.device, net: LoopedTransformer, source: data.Documents) -> tuple:
+        def plain() -> None:
+            with eval.autocast(device, config.precision):
+                plain_score(net, eval.counted(source.batch(0), device))
+
+        def ours() -> None:
+            eval.score(net, source, device=device, precision=config.precision)
+
+        flops = looprpt.step_flops("gate", net.config, None, source.batch(0))
+        forms = {"plain": Form(plain, flops), "ours": Form(ours, flops)}
+        return forms, (net,), 4 * sum(p.numel() for p in net.parameters())
+
+    race("eval", config, setup)
+
+
+def speeds(found: Annotated[Path, tyro.conf.Positional] = Path("results/bench.json")) -> None:
+    """The README's table of speeds, as Markdown: what --out of rpt, pretrain and eval has gathered."""
+    print(speeds_markdown(gathered(found)))
+
+
+def speeds_markdown(results: list[dict]) -> str:
+    lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
+    for r in results:
+        command = " ".join(["python", "bench.py", *r["argv"][1:]]).partition(" --out")[0]
+        lines.append(f"| **`{command}`** ({r['precision']}) |" + " |" * (len(HEADS) - 1))
+        lines += ["| " + " | ".join(speed_cells(row)) + " |" for row in r["forms"]]
+    return "\n".join(lines)
+
+
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"decode": decode, "cache": cache, "plan": plan})
+    commands = {"rpt": rpt, "pretrain": pretrain, "eval": evaluate, "decode": decode, "cache": cache, "plan": plan}
+    tyro.extras.subcommand_cli_from_dict(commands | {"speeds": speeds})
 
 
 if __name__ == "__main__":

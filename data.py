@@ -25,7 +25,7 @@ from model import UserError, load_config, report
 class Batch(NamedTuple):
     inputs: Tensor  # B T  token ids
     targets: Tensor  # B T  what is asked at each position; the next token, for text
-    mask: Tensor  # B T  True where the answer counts
+    mask: Tensor  # B T  True where the answer counts; always on the CPU, so that to count them waits for no GPU
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,16 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
+def put(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what the device still does."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def places(mask: Tensor, device: torch.device) -> Tensor:
+    """Where a mask on the CPU is True, as places in its flattened form, on a device.    B T -> N"""
+    return put(mask.flatten().nonzero()[:, 0], device)
+
+
 def counted(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device, without the columns after the last token that counts: nothing reads them.
 
@@ -84,9 +94,9 @@ def counted(batch: Batch, device: torch.device) -> Batch:
     """
     if not batch.mask.any():
         idle = torch.zeros(1, 1, dtype=torch.long, device=device)
-        return Batch(idle, idle, idle.bool())
+        return Batch(idle, idle, torch.zeros(1, 1, dtype=torch.bool))
     length = int(batch.mask.any(0).nonzero().max()) + 1
-    return Batch(*(part[:, :length].to(device) for part in batch))
+    return Batch(*(put(part[:, :length], device) for part in batch[:2]), batch.mask[:, :length])
 
 
 class Scores(NamedTuple):
@@ -107,10 +117,9 @@ def score(
     for index in range(source.batches):
         batch = counted(source.batch(index), device)
         with autocast(device, precision):
-            out = m(batch.inputs)
-            hidden, targets = out.hidden[batch.mask], batch.targets[batch.mask]  # N L D, N
-            pieces = (part.split(1024) for part in (hidden, targets, out.gate[batch.mask]))
-            for h, target, gate in zip(*pieces, strict=True):
+            out, where = m(batch.inputs), places(batch.mask, device)  # N
+            chosen = (part.flatten(0, 1)[where] for part in (out.hidden, batch.targets, out.gate))  # N L D, N, N L
+            for h, target, gate in zip(*(part.split(1024) for part in chosen), strict=True):
                 logits = m.logits(h)  # N L V
                 entropy = torch.distributions.Categorical(logits=logits[:, -1]).entropy()  # N
                 parts.append([(logits.argmax(-1) == target[:, None]).cpu(), gate.cpu(), entropy.cpu()])

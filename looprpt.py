@@ -56,12 +56,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.utils.checkpoint import checkpoint
 
 import data
 import eval
 import model
 from data import Batch, DataConfig
-from eval import autocast, console, counted, make_folder
+from eval import autocast, console, counted, make_folder, places, put
 from model import (
     DTYPES,
     DType,
@@ -87,6 +88,7 @@ class TrainConfig:
     micro_batch: int = 0  # rows in one forward pass of a process (0: all its rows)
     clip: float = 1.0  # largest norm of the gradient
     warmup: float = 0.03  # share of the steps in which the learning rate rises; then it falls along a cosine
+    compile: Literal["auto", "on", "off"] = "auto"  # the layers, by torch.compile (auto: on a GPU)
     checkpoint: bool = False  # keep no layer's inside for the backward pass, run it again: slower, in less memory
     save_every: int = 500  # steps between saves of the whole run; it is saved at the end of a stage too
     keep: int = 2  # the newest of these that stay
@@ -211,6 +213,28 @@ def logp_of(logits: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of the gold token after each loop.    N L V, N -> N L"""
     index = repeat(targets, "n -> n l 1", l=logits.shape[1])
     return logits.log_softmax(-1).gather(-1, index).squeeze(-1)
+
+
+def in_chunks(f: Callable[..., Tensor], *parts: Tensor, words: int) -> Tensor:
+    """f over slices of its arguments, so that no more than a slice's logits are there at once. If all of them together
+    are more than KEPT, the backward pass makes them again, a slice at a time.    N ... -> N ...
+
+    words  logits of one token: L V, or V
+    """
+    size = max(1, (KEPT if parts[0].is_cuda else SLICE) // words)
+    slices = zip(*(part.split(size) for part in parts), strict=True)
+    if len(parts[0]) * words <= KEPT:
+        return torch.cat([f(*s) for s in slices])
+    return torch.cat([checkpoint(f, *s, use_reentrant=False, preserve_rng_state=False) for s in slices])
+
+
+SLICE, KEPT = 2**23, 2**27  # logits: what a CPU's caches like, and 512 MiB in float32
+
+
+def gold_logp(net: LoopedTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of the gold token after each loop, without ever holding N L V.    N L D, N -> N L"""
+    words = hidden.shape[1] * net.config.vocab_size
+    return in_chunks(lambda h, target: logp_of(net.logits(h), target), hidden, targets, words=words)
 
 
 def entropy_of(logits: Tensor) -> Tensor:
@@ -354,9 +378,9 @@ SATURATED = 6.2  # a gate's logit beyond which its sigmoid rounds to 0 or 1 in b
 
 def pretrain_step(student: LoopedTransformer, batch: Batch, cfg: PretrainConfig, *, counts: Counts) -> Loss:
     """Stage I on every token that counts."""
-    out = student(batch.inputs)
-    gate = out.gate[batch.mask]  # N L
-    logp = logp_of(student.logits(out.hidden[batch.mask]), batch.targets[batch.mask])  # N L
+    out, where = student(batch.inputs), places(batch.mask, batch.inputs.device)  # N
+    hidden, gate, targets = (x.flatten(0, 1)[where] for x in (*out, batch.targets))  # N L D, N L, N
+    logp = gold_logp(student, hidden, targets)  # N L
     loss = stage1_loss(logp, exit_logpdf(gate), cfg.beta).sum() / counts.tokens
     measured = {"loss": loss, "last_ce": -logp[:, -1].sum() / counts.tokens} | exits_of(gate, counts.tokens)
     return Loss(loss, {name: value.detach() for name, value in measured.items()})
@@ -365,8 +389,9 @@ def pretrain_step(student: LoopedTransformer, batch: Batch, cfg: PretrainConfig,
 def gate_step(student: LoopedTransformer, batch: Batch, cfg: GateConfig, *, counts: Counts) -> Loss:
     """Stage II on every token that counts; only the gate gets a gradient."""
     with torch.no_grad():
-        hidden = student(batch.inputs).hidden[batch.mask]  # N L D
-        logp = logp_of(student.logits(hidden), batch.targets[batch.mask])  # N L
+        out, where = student(batch.inputs), places(batch.mask, batch.inputs.device)  # N
+        hidden, targets = (x.flatten(0, 1)[where] for x in (out.hidden, batch.targets))  # N L D, N
+        logp = gold_logp(student, hidden, targets)  # N L
     gate = student.gate(hidden)  # N L
     loss = gate_loss(gate, logp).sum() / counts.tokens
     return Loss(loss, {"loss": loss.detach()} | exits_of(gate, counts.tokens))
@@ -385,27 +410,33 @@ def rpt_step(
 
     generator  of the noise and of the drawn exits, on the batch's device
     """
-    n_loops, vocab, mask = student.config.loops, student.config.vocab_size, batch.mask
+    n_loops, vocab, device = student.config.loops, student.config.vocab_size, batch.inputs.device
+    n = int(hard_count(batch.mask, cfg.rho).sum())  # known here, so nothing waits for a GPU
 
     with torch.no_grad():
         # 1 Teacher pass: the last loop's entropy wherever a token counts
-        teacher_out = teacher(batch.inputs)
-        entropy = torch.full_like(teacher_out.gate[..., 0], -math.inf)  # B T
-        entropy[mask] = entropy_of(teacher.logits(teacher_out.hidden[:, :, -1][mask]))
+        teacher_hidden, teacher_gate = teacher(batch.inputs)  # B T L D, B T L
+        where = places(batch.mask, device)
+        entropy = torch.full_like(teacher_gate[..., 0], -math.inf)  # B T
+        last = teacher_hidden[:, :, -1].flatten(0, 1)[where]
+        entropy.view(-1)[where] = in_chunks(lambda h: entropy_of(teacher.logits(h)), last, words=vocab)
 
         # 2 Hard tokens: from here on, N of them are all that reaches the vocabulary
-        hard = hard_tokens(entropy, mask, cfg.rho)  # B T
-        targets, entropy = batch.targets[hard], entropy[hard]  # N, N
-        teacher_logits = teacher.logits(teacher_out.hidden[hard])  # N L V
-        teacher_logp = logp_of(teacher_logits, targets)  # N L
+        chosen = hard_tokens(entropy, put(batch.mask, device), cfg.rho).flatten().nonzero_static(size=n)[:, 0]  # N
+
+        def hard(x: Tensor) -> Tensor:  # B T ... -> N ...
+            return x.flatten(0, 1)[chosen]
+
+        targets, entropy, teacher_hidden = hard(batch.targets), hard(entropy), hard(teacher_hidden)  # N, N, N L D
+        teacher_logp = gold_logp(teacher, teacher_hidden, targets)  # N L
 
         # 3 Reference
-        ref_loop, baseline = reference(teacher_logp, teacher_out.gate[hard], cfg.tau)  # N, N
+        ref_loop, baseline = reference(teacher_logp, hard(teacher_gate), cfg.tau)  # N, N
 
     # 4 Student, clean pass
     out = student(batch.inputs)
-    logits = student.logits(out.hidden[hard])  # N L V
-    logp, logpi = logp_of(logits, targets), exit_logpdf(out.gate[hard])  # N L, N L
+    hidden = hard(out.hidden)  # N L D
+    logp, logpi = gold_logp(student, hidden, targets), exit_logpdf(hard(out.gate))  # N L, N L
 
     # 5 Reward of leaving after each loop
     price = time_price(entropy, vocab, cfg.lambda_base, cfg.lambda_scale)  # N
@@ -413,20 +444,20 @@ def rpt_step(
 
     # 6 Noisy latent rollouts: loop 1 is the clean pass's, and the last loop's gate is never used
     noise = {"noise_std": cfg.noise_std, "generator": generator}
-    hidden = [repeat(out.hidden[:, :, :1], "b t l d -> (b g) t l d", g=cfg.rollouts)]
+    states = [repeat(out.hidden[:, :, :1], "b t l d -> (b g) t l d", g=cfg.rollouts)]
     gates = [repeat(out.gate[:, :, :1], "b t l -> (b g) t l", g=cfg.rollouts)]
     if n_loops > 2:
-        rollout = student(hidden[0][:, :, 0], loops=n_loops - 2, **noise)
-        hidden, gates = [*hidden, rollout.hidden], [*gates, rollout.gate]
+        rollout = student(states[0][:, :, 0], loops=n_loops - 2, **noise)
+        states, gates = [*states, rollout.hidden], [*gates, rollout.gate]
     gate = F.pad(torch.cat(gates, -1), (0, 1))  # (b g) T L
-    rollout_logpi = exit_logpdf(rearrange(gate, "(b g) t l -> b t g l", g=cfg.rollouts)[hard])  # N G L
+    rollout_logpi = exit_logpdf(hard(rearrange(gate, "(b g) t l -> b t g l", g=cfg.rollouts)))  # N G L
     rollout_reward = repeat(reward, "n l -> n g l", g=cfg.rollouts)
     if cfg.reward == "rollout":
         with torch.no_grad():
-            last = student(hidden[-1][:, :, -1], loops=1, **noise).hidden
-            noisy = rearrange(torch.cat([*hidden, last], 2), "(b g) t l d -> b t g l d", g=cfg.rollouts)[hard]
-            noisy_logits = student.logits(rearrange(noisy, "n g l d -> (n g) l d"))
-            noisy_logp = logp_of(noisy_logits, repeat(targets, "n -> (n g)", g=cfg.rollouts))
+            states.append(student(states[-1][:, :, -1], loops=1, **noise).hidden)
+            noisy = hard(rearrange(torch.cat(states, 2), "(b g) t l d -> b t g l d", g=cfg.rollouts))
+            rollout_targets = repeat(targets, "n -> (n g)", g=cfg.rollouts)
+            noisy_logp = gold_logp(student, rearrange(noisy, "n g l d -> (n g) l d"), rollout_targets)
         noisy_logp = rearrange(noisy_logp, "(n g) l -> n g l", g=cfg.rollouts)
         rollout_reward = exit_reward(noisy_logp, baseline[:, None], price[:, None], ref_loop[:, None])
 
@@ -442,14 +473,18 @@ def rpt_step(
     # 8 Representation   9 Entropy bonus   10 KL to the teacher
     rep = representation_loss(logp, logpi, reward)
     ent = (logpi.exp() * logpi).sum(-1)
-    kl = k3_kl(logp, teacher_logp) if cfg.kl == "k3" else full_kl(logits, teacher_logits)
+    if cfg.kl == "k3":
+        kl = k3_kl(logp, teacher_logp)
+    else:
+        parts, words = (hidden, teacher_hidden), n_loops * vocab
+        kl = in_chunks(lambda h, r: full_kl(student.logits(h), teacher.logits(r)), *parts, words=words)
 
     # 11 Total: means over the hard tokens of the global batch (each term is N)
     terms = {"pg": pg, "rep": rep, "ent": ent, "kl": kl, "reward": earned.mean(-1)}
     mean = {name: term.sum() / counts.hard for name, term in terms.items()}
     loss = cfg.pg_weight * mean["pg"] + cfg.rep_weight * mean["rep"]
     loss = loss + cfg.ent_weight * mean["ent"] + cfg.kl_weight * mean["kl"]
-    measured = {"loss": loss} | mean | exits_of(out.gate[hard], counts.hard)
+    measured = {"loss": loss} | mean | exits_of(hard(out.gate), counts.hard)
     return Loss(loss, {name: value.detach() for name, value in measured.items()})
 
 
@@ -495,6 +530,10 @@ def begin(
     if stage == "rpt":
         teacher = spread((teacher or copy.deepcopy(student)).requires_grad_(False))
     student.checkpointing = config.train.checkpoint
+    on_gpu = student.embed_tokens.weight.is_cuda
+    for net in (student, teacher):
+        if net and (config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)):
+            net.compile()
     student = spread(student)
     trained = student.early_exit_gate if stage == "gate" else student
     return Run(stage, student, teacher, optimizer_for(trained, cfg.lr, getattr(cfg, "weight_decay", 0.0)))
@@ -502,8 +541,8 @@ def begin(
 
 def count(batch: Batch, rho: float, device: torch.device) -> tuple[Counts, int]:
     """Tokens that count, hard tokens and rows, over all processes, known before any forward pass."""
-    sums = torch.stack((batch.mask.sum(), hard_count(batch.mask, rho).sum(), torch.tensor(len(batch.mask))))
-    tokens, hard, rows = sum_over_processes(sums.to(device, torch.float64)).tolist()
+    sums = torch.stack((batch.mask.sum(), hard_count(batch.mask, rho).sum(), torch.tensor(len(batch.mask)))).double()
+    tokens, hard, rows = sum_over_processes(sums.to(device) if dist.is_initialized() else sums).tolist()
     return Counts(tokens, hard), int(rows)
 
 
@@ -523,8 +562,7 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
 def update_teacher(teacher: LoopedTransformer, student: LoopedTransformer, ema: float) -> None:
     """teacher <- ema teacher + (1 - ema) student    (step 11)"""
     with torch.no_grad():
-        for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-            own(t).lerp_(own(s), 1 - ema)
+        torch._foreach_lerp_([*map(own, teacher.parameters())], [*map(own, student.parameters())], 1 - ema)
 
 
 def train(
@@ -545,9 +583,9 @@ def train(
     stage, cfg = run.stage, getattr(config, run.stage)
     source = data.source(rows, config.data, batch=config.train.batch, seed=f"{config.seed}/{stage}")
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    batch = source.batch(run.step, rank=rank, world=world)
     while run.step < cfg.steps and not run.stopped:
         start = time.perf_counter()
-        batch = source.batch(run.step, rank=rank, world=world)
         counts, n_rows = count(batch, config.rpt.rho, device)
         most = -(-n_rows // world)  # rows of the first process; every process runs as many micro-batches
         size = config.train.micro_batch or most
@@ -560,11 +598,8 @@ def train(
             micro = Batch(*(part[i * size : (i + 1) * size] for part in batch))
             if not micro.mask.any() and world == 1:
                 continue
-            micro = counted(micro, torch.device("cpu"))
-            measured["flops"] += step_flops(
-                stage, run.student.config, cfg, micro
-            )  # here, where nothing waits for a GPU
-            micro = Batch(*(part.to(device) for part in micro))
+            micro = counted(micro, device)
+            measured["flops"] += step_flops(stage, run.student.config, cfg, micro)
             with autocast(device, config.precision):
                 if stage == "pretrain":
                     found = pretrain_step(run.student, micro, cfg, counts=counts)
@@ -578,8 +613,11 @@ def train(
             for name, value in found.measured.items():
                 measured[name] += value
         gather_no_more(run.student)
-        now = dict(zip(measured, sum_over_processes(torch.stack([*measured.values()])).tolist(), strict=True))
-        now["grad_norm"] = whole(clip_grad_norm_(parameters, config.train.clip)).item()
+        norm = whole(clip_grad_norm_(parameters, config.train.clip))
+        sums = sum_over_processes(torch.stack([*measured.values()]))
+        batch = source.batch(run.step + 1, rank=rank, world=world)  # while a GPU is still at this step
+        values = torch.cat((sums, norm.to(sums)[None])).tolist()  # the one place in a step that waits for it
+        now = dict(zip((*measured, "grad_norm"), values, strict=True))
         if math.isfinite(now["loss"]) and math.isfinite(now["grad_norm"]):
             run.bad = 0
             for group in run.optimizer.param_groups:
@@ -962,6 +1000,11 @@ def main() -> None:
                 dist.init_process_group(backend, timeout=timedelta(seconds=config.train.timeout))
             where = {"device": device, "rank": rank, "world": world}
             models = run_stages(config, tokenizer, rows, stopping=lambda: bool(asked), **where)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(
+                f"torch.compile can't build the layers here ({str(error).strip().splitlines()[0][:200]}): "
+                "give --train.compile off"
+            ) from error
         except RuntimeError as error:
             if world == 1 or not is_from_processes(error):
                 raise

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -192,6 +192,7 @@ class Layer(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
+        self.compiled = False  # by torch.compile, at its first use
         self.self_attn, self.mlp = Attention(c), MLP(c)
         self.input_layernorm = RMSNorm(c.width, c.rms_norm_eps)
         self.input_layernorm_2 = RMSNorm(c.width, c.rms_norm_eps)
@@ -199,8 +200,21 @@ class Layer(nn.Module):
         self.post_attention_layernorm_2 = RMSNorm(c.width, c.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable = causal) -> Tensor:
+        if not self.compiled:
+            return self.run(x, cos, sin, attend)
+        for tensor, varying in ((x, (0, 1)), (cos, 0), (sin, 0)):  # rows and lengths
+            torch._dynamo.maybe_mark_dynamic(tensor, varying)
+        return compiled_layer()(self, x, cos, sin, attend)
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
         x = x + self.input_layernorm_2(self.self_attn(self.input_layernorm(x), cos, sin, attend))
         return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
+
+
+@cache
+def compiled_layer() -> Callable:
+    """One graph for all layers, loops, rows and lengths; another one without gradient, and one for frozen weights."""
+    return torch.compile(Layer.run, fullgraph=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +259,7 @@ class LoopedTransformer(nn.Module):
         generator  where the noise comes from, on x's device
         """
         fresh = not x.is_floating_point()
-        state = self.embed_tokens(x) if fresh else x  # B T D
+        state = self.embed_tokens(x) if fresh else x.contiguous()  # B T D
         cos, sin = self.rotary(torch.arange(x.shape[1], device=x.device))
         hidden = []
         for loop in range(self.config.loops if loops is None else loops):
@@ -287,6 +301,11 @@ class LoopedTransformer(nn.Module):
         cos, sin = self.rotary(torch.tensor(positions, device=state.device))  # R C/2
         cos, sin = (rearrange(x, "r c -> r 1 1 c") for x in (cos, sin))
         return self.loop(state[:, None], cos, sin, cache.step(rows, loops, positions))[:, 0]
+
+    def compile(self) -> None:
+        """Run the layers by torch.compile: faster and in less memory, after some seconds at the first use."""
+        for layer in self.layers:
+            layer.compiled = True
 
     def gate(self, hidden: Tensor) -> Tensor:
         """Logit of leaving here, in float32 or better even under autocast.    ... D -> ..."""

@@ -1,13 +1,18 @@
 """The benchmarks: what their rows say, and what they refuse."""
 
+import inspect
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import bench
 import data
+import eval
+import looprpt
 import model
 from model import LoopedTransformer, ModelConfig
 
@@ -154,3 +159,127 @@ def test_cache_compares_the_three_rules(tmp_path, monkeypatch, capsys):
     assert "accuracy in % at average loops" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit, match=r"no --data.path was given"):
         call(monkeypatch, "cache", tmp_path / "a")
+
+
+# Training and scoring
+
+
+@pytest.mark.parametrize("rollouts", [2, 3])
+def test_the_yardstick_is_the_same_step(rollouts, monkeypatch):
+    """The same loss and gradient as ours, for the same noise and the same drawn exits; in at most sixty lines."""
+    assert len(inspect.getsource(bench.yardstick).splitlines()) <= 60
+    draw = looprpt.draw_exits
+    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, _: draw(logpi, data.seeded("exits")))
+    ids = torch.randint(259, (3, 12), generator=data.seeded("ids"))
+    mask = torch.rand(3, 11, generator=data.seeded("mask")) < 0.7
+    batch, found = data.Batch(ids[:, :-1], ids[:, 1:], mask), []
+    cfg = looprpt.RPTConfig(
+        estimator="sampled", rollouts=rollouts, noise_std=0.3, rho=0.4, kl_weight=0.3, ent_weight=0.2
+    )
+    counts, _ = looprpt.count(batch, cfg.rho, torch.device("cpu"))
+    for form in ("plain", "ours"):
+        student, teacher = (
+            LoopedTransformer(replace(SHAPE, init_std=0.3), generator=data.seeded(who)).double() for who in "st"
+        )
+        generator = data.seeded("noise")
+        if form == "plain":
+            loss = bench.yardstick(student, teacher, batch, cfg, generator)
+        else:
+            loss = looprpt.rpt_step(student, teacher, batch, cfg, counts=counts, generator=generator).loss
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in student.parameters())])
+        assert all(p.grad is None for p in teacher.parameters())
+    for plain, ours in zip(*found, strict=True):
+        assert_close(plain, ours, rtol=1e-9, atol=1e-11)
+
+
+def test_plain_pretraining_and_scoring_are_the_same():
+    net = LoopedTransformer(replace(SHAPE, init_std=0.3), generator=data.seeded("net"))
+    source = data.Documents(
+        [data.Row(torch.randint(259, (n,), generator=data.seeded(n)).tolist(), 1) for n in (9, 9)], batch=2, seed=0
+    )
+    batch, cfg = source.batch(0), looprpt.PretrainConfig(beta=0.3)
+    counts, _ = looprpt.count(batch, 0.2, torch.device("cpu"))
+    ours = looprpt.pretrain_step(net, batch, cfg, counts=counts).loss
+    assert_close(bench.plain_pretrain(net, batch, cfg.beta), ours)
+    found = eval.score(net, source, device=torch.device("cpu"))
+    correct, gate, entropy = bench.plain_score(net, batch)
+    assert_close(
+        (found.correct, found.gate, found.entropy), (correct.flatten(0, 1), gate.flatten(0, 1), entropy.flatten())
+    )
+
+
+@pytest.mark.parametrize("name", ["rpt", "pretrain", "eval"])
+def test_speeds_are_gathered_in_one_file(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
+    out, few = tmp_path / "new" / "bench.json", ["--no-compile", "--rows", "2", "--length", "8", "--rounds", "1"]
+    for precision in ("fp32", "bf16"):
+        call(monkeypatch, name, *few, "--precision", precision, "--out", out)
+    shown = capfd.readouterr()
+    assert shown.err == "", "the profiler's own words stay away"
+    runs = json.loads(out.read_text())["runs"]
+    assert [r["precision"] for r in runs] == ["fp32", "bf16"]
+    for run in runs:
+        assert run["bench"] == name
+        assert run.keys() > {"argv", "commit", "torch", "device", "shape", "rows", "length", "threads", "peak_tflops"}
+        first = run["forms"][0]
+        assert (first["form"], first["speedup"], first["memory"]) == ("plain", 1, 1)
+        assert all(r["tokens_per_s"] > 0 and r["peak_gib"] > 0 and r["mfu"] > 0 for r in run["forms"])
+    if name == "rpt":
+        assert [r["form"] for r in runs[0]["forms"]] == ["plain", "sampled", "exact"]
+    call(monkeypatch, "speeds", out)
+    table = capfd.readouterr().out
+    assert f"`python bench.py {name} --no-compile --rows 2 --length 8 --rounds 1 --precision bf16`" in table
+    assert table.count("| plain |") == 2
+
+
+def test_speeds_say_what_the_clock_and_the_memory_say(monkeypatch, capsys):
+    """A plain step of 8 seconds and 4 GiB, ours of 2 seconds and 1 GiB."""
+    now, sizes = [0.0], {"plain": 4 * 2**30, "ours": 2**30}
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    def setup(device, net, source):
+        def step(seconds):
+            now[0] += seconds
+
+        return {"plain": bench.Form(lambda: step(8), 16e12), "ours": bench.Form(lambda: step(2), 16e12)}, (net,), 0
+
+    def peak(step, standing, device):
+        start = now[0]
+        step()
+        return sizes["plain" if now[0] - start == 8 else "ours"]
+
+    monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
+    monkeypatch.setattr(bench, "peak_bytes", peak)
+    monkeypatch.setattr(bench, "peak_flops", lambda *_: 16e12)
+    bench.race("rpt", bench.SpeedConfig(rows=4, length=16, compile=False), setup)
+    cells = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["plain", "8", "1.00", "4.00", "1.00", "12", "%"] in cells
+    assert ["ours", "32", "4.00", "1.00", "0.25", "50", "%"] in cells
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    def step():
+        for _ in range(3):
+            torch.zeros(2**20)  # 4 MiB, gone at once
+        kept = [torch.zeros(2**20) for _ in range(3)]
+        del kept
+
+    assert bench.peak_bytes(step, 1000, torch.device("cpu")) - 1000 == pytest.approx(3 * 2**22, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["rpt", "--rows", "-1"], "--rows -1 is too small"),
+        (["pretrain", "--length", "1"], "--length 1 is too small"),
+        (["eval", "--rounds", "0"], "--rounds 0 is too small"),
+        (["rpt", "--out", "other.json"], "other.json holds no results of these benchmarks"),
+    ],
+)
+def test_speeds_refuse_what_they_cannot_do(args, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(SystemExit, match=said):
+        call(monkeypatch, *args)
+    assert (tmp_path / "other.json").read_text() == "{}"

@@ -238,6 +238,72 @@ def test_only_hard_tokens_reach_the_vocabulary(batch, monkeypatch):
     assert seen == [counts.tokens, counts.hard * 4, counts.hard * 4]
 
 
+@pytest.mark.parametrize("objective", ["pretrain", "k3", "full"])
+def test_logits_come_in_slices_with_the_same_result(batch, monkeypatch, objective):
+    """Never more than a slice's at once; where all together are too many, the backward pass makes them again."""
+    made, logits = [], LoopedTransformer.logits
+    monkeypatch.setattr(LoopedTransformer, "logits", lambda net, h: made.append(h.shape[:-1].numel()) or logits(net, h))
+    cfg = RPTConfig(rollouts=G, rho=1, noise_std=0, kl=objective, kl_weight=1, reward="rollout")
+    found = []
+    for size in (2**23, 90):  # of logits: 90 are two tokens of four loops
+        monkeypatch.setattr(looprpt, "SLICE", size)
+        monkeypatch.setattr(looprpt, "KEPT", 2 * size)
+        made.clear()
+        student, counts = make(0), counts_of(batch, 1)
+        if objective == "pretrain":
+            step = looprpt.pretrain_step(student, batch, looprpt.PretrainConfig(), counts=counts)
+        else:
+            step = rpt_step(student, make(1), batch, cfg, counts=counts)
+        forward = len(made)
+        step.loss.backward()
+        assert max(made) * 11 <= size
+        assert (len(made) > forward) == (size == 90)
+        found.append((step.measured, [p.grad for p in student.parameters()]))
+    assert_close(*found)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "exact"])
+@pytest.mark.parametrize("reward", ["clean", "rollout"])
+def test_no_step_waits_for_the_device(batch, estimator, reward):
+    """On the meta device no value can be read, so whatever asks for one fails: it would wait for a GPU."""
+    student, teacher = make(0).to("meta"), make(1).to("meta")
+    there = Batch(batch.inputs.to("meta"), batch.targets.to("meta"), batch.mask)
+    cfg = RPTConfig(estimator=estimator, rollouts=G, reward=reward, kl="full", rho=0.4)
+    for step in (
+        lambda: rpt_step(student, teacher, there, cfg, counts=counts_of(batch, 0.4)),
+        lambda: looprpt.pretrain_step(student, there, looprpt.PretrainConfig(), counts=counts_of(batch, 0.4)),
+        lambda: looprpt.gate_step(student, there, looprpt.GateConfig(), counts=counts_of(batch, 0.4)),
+    ):
+        found = step()
+        found.loss.backward()
+        assert found.loss.is_meta
+    looprpt.update_teacher(teacher, student, 0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_give_the_same_and_compile_once(checkpointing):
+    """One graph for each objective's student and one for the teacher, whatever the rows and their lengths."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config = replace(SUMS, train=replace(SUMS.train, batch=3, checkpoint=checkpointing))
+    changes = {stage: replace(getattr(config, stage), steps=4) for stage in STAGES}
+    changes["rpt"] = replace(changes["rpt"], rollouts=2, estimator="sampled")
+    config = replace(config, **changes)
+    results = {}
+    for mode in ("off", "on"):
+        config = replace(config, train=replace(config.train, compile=mode))
+        for stage in STAGES:
+            run = looprpt.begin(stage, make(0), config)
+            results[mode, stage] = list(looprpt.train(run, config, rows(), device=CPU))
+            graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            assert graphs == (STAGES.index(stage) + 1 if mode == "on" else 0)
+    for stage in STAGES:
+        for a, b in zip(results["on", stage], results["off", stage], strict=True):
+            for name in looprpt.MEASURED[stage]:
+                assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-9), (stage, name)
+
+
 # Processes and micro-batches
 
 
@@ -296,13 +362,17 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(straight, size):
     agree(gradients(replace(SUMS, train=replace(SUMS.train, micro_batch=size))), straight)
 
 
-@pytest.mark.parametrize(("kind", "micro_batch"), [("ddp", 0), ("fsdp", 1)])
-def test_two_processes_give_the_gradient_of_one(straight, tmp_path, kind, micro_batch):
+@pytest.mark.parametrize(
+    ("kind", "micro_batch", "compiled"),
+    [("ddp", 0, "off"), ("fsdp", 1, "off"), pytest.param("fsdp", 2, "on", marks=pytest.mark.slow)],
+)
+def test_two_processes_give_the_gradient_of_one(straight, tmp_path, kind, micro_batch, compiled):
     """Of rows and counted tokens that don't divide evenly, so an average per process would be off.
 
     With micro-batches of one row, one process runs four, the other three and an idle one.
     """
-    config = replace(SUMS, train=replace(SUMS.train, micro_batch=micro_batch, checkpoint=bool(micro_batch)))
+    how = {"micro_batch": micro_batch, "checkpoint": bool(micro_batch), "compile": compiled}
+    config = replace(SUMS, train=replace(SUMS.train, **how))
     mp.spawn(worker, (2, str(tmp_path), kind, config), nprocs=2)
     for rank in range(2):
         agree(load_file(tmp_path / f"{rank}.safetensors"), straight)
