@@ -389,6 +389,13 @@ def test_the_readme_tables_of_generation_are_those_of_the_results():
         assert f"| `{rule}` | {' | '.join(cells)} |" in readme
 
 
+def test_the_readme_table_of_speeds_is_that_of_the_results():
+    runs = bench.gathered(ROOT / "results" / "bench.json")
+    assert bench.speeds_markdown(runs) in (ROOT / "README.md").read_text()
+    assert len({run["commit"] for run in runs}) == 1
+    assert {run["bench"] for run in runs} == {"rpt", "pretrain", "eval"}
+
+
 def test_every_flag_has_a_line_of_help(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "100")  # wider, it stands in columns
     with pytest.raises(SystemExit):
