@@ -311,7 +311,7 @@ def test_every_readme_command_runs(tmp_path, monkeypatch):
     questions = [{"question": f"{i} + {i}?", "answer": f"The sum is {2 * i}."} for i in range(40)]
     ouro = replace(looprpt.ModelConfig(), vocab_size=259, layers=1, width=32, heads=2)
     model.save(model.LoopedTransformer(ouro), tmp_path / "Ouro-1.4B", data.byte_tokenizer(), dtype=torch.bfloat16)
-    for name in ("medium", "ouro-2.6b"):
+    for name in ("small", "medium", "ouro-2.6b"):
         monkeypatch.setitem(bench.SHAPES, name, ouro)
     for name in ("train", "val"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
@@ -324,6 +324,8 @@ def test_every_readme_command_runs(tmp_path, monkeypatch):
         if program == "python":
             if args[0] == "looprpt.py":
                 args += few
+            if args[:2] == ["bench.py", "rpt"]:
+                args += ["--no-compile"]
             if args[0] == "data.py":
                 subprocess.run([sys.executable, ROOT / "data.py", *args[1:]], check=True)
             elif args[:2] == ["eval.py", "harness"]:  # its tasks are on a hub: the flags are read, no more
