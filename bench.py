@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import time
@@ -416,6 +417,8 @@ class SpeedConfig:
         if self.length == 1:
             raise UserError("--length 1 is too small: a row needs 2 or more tokens")
         gathered(self.out)
+        if self.out:
+            eval.make_folder(self.out.parent)
 
 
 def yardstick(student, teacher, batch: data.Batch, cfg: looprpt.RPTConfig, generator: torch.Generator) -> Tensor:
@@ -530,8 +533,9 @@ def gathered(out: Path | None) -> list[dict]:
     """The results that a file holds already. Raises UserError if it is something else."""
     if not (out and out.exists()):
         return []
-    found = model.read_json(out).get("runs")
-    if not isinstance(found, list) or not all(isinstance(r, dict) and "forms" in r for r in found):
+    found = model.read_json(out).get("runs") if out.is_file() else None
+    keys = {"bench", "argv", "precision", "forms"}
+    if not isinstance(found, list) or not all(isinstance(r, dict) and keys <= r.keys() for r in found):
         raise UserError(f"--out {out} holds no results of these benchmarks: give another name")
     return found
 
@@ -553,7 +557,6 @@ def race(name: str, config: SpeedConfig, setup: Callable) -> None:
     shape = replace(SHAPES[config.shape], max_positions=max(SHAPES[config.shape].max_positions, length))
     with torch.device(device):
         net = LoopedTransformer(shape, generator=data.seeded(config.shape, device=device))
-    net.checkpointing = config.checkpoint
     ids = torch.randint(shape.vocab_size, (rows, length + 1), generator=data.seeded("rows")).tolist()
     forms, nets, standing = setup(device, net, data.Documents([data.Row(row, 1) for row in ids], batch=rows, seed=0))
     if not config.plain:
@@ -564,6 +567,7 @@ def race(name: str, config: SpeedConfig, setup: Callable) -> None:
     def go(form: str) -> float:
         for layer in (layer for n in nets for layer in n.layers):
             layer.compiled = form.endswith("compiled")
+        net.checkpointing = config.checkpoint and form != "plain"
         start = time.perf_counter()
         forms[form].step()
         if device.type == "cuda":
@@ -604,11 +608,10 @@ def race(name: str, config: SpeedConfig, setup: Callable) -> None:
         table.add_row(*speed_cells(row))
     console.print(table)
     if config.out:
-        eval.make_folder(config.out.parent)
         looprpt.write_json(config.out, {"runs": [*gathered(config.out), result]})
 
 
-HEADS = ("", "tokens/s", "speed-up", "peak GiB", "of plain", "MFU")
+HEADS = ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU")
 
 
 def speed_cells(row: dict) -> list[str]:
@@ -699,13 +702,18 @@ def evaluate(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
 
 def speeds(found: Annotated[Path, tyro.conf.Positional] = Path("results/bench.json")) -> None:
     """The README's table of speeds, as Markdown: what --out of rpt, pretrain and eval has gathered."""
+    if not found.is_file():
+        raise UserError(f"{found} is not a file: give what --out of rpt, pretrain and eval wrote")
     print(speeds_markdown(gathered(found)))
 
 
 def speeds_markdown(results: list[dict]) -> str:
     lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
     for r in results:
-        command = " ".join(["python", "bench.py", *r["argv"][1:]]).partition(" --out")[0]
+        args = [*r["argv"][1:]]
+        if "--out" in args:
+            del args[args.index("--out") : args.index("--out") + 2]
+        command = shlex.join(["python", "bench.py", *args])
         lines.append(f"| **`{command}`** ({r['precision']}) |" + " |" * (len(HEADS) - 1))
         lines += ["| " + " | ".join(speed_cells(row)) + " |" for row in r["forms"]]
     return "\n".join(lines)

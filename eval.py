@@ -49,6 +49,7 @@ class EvalConfig:
     seed: int = 0  # seed of the rows of the built-in task
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
+    compile: bool = False  # the layers, by torch.compile
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
@@ -90,11 +91,11 @@ def places(mask: Tensor, device: torch.device) -> Tensor:
 def counted(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device, without the columns after the last token that counts: nothing reads them.
 
-    A batch in which nothing counts becomes a single token that doesn't: other processes may wait for this one's passes.
+    A batch in which nothing counts becomes two tokens that don't: other processes may wait for this one's passes.
     """
     if not batch.mask.any():
-        idle = torch.zeros(1, 1, dtype=torch.long, device=device)
-        return Batch(idle, idle, torch.zeros(1, 1, dtype=torch.bool))
+        idle = torch.zeros(1, 2, dtype=torch.long, device=device)
+        return Batch(idle, idle, torch.zeros(1, 2, dtype=torch.bool))
     length = int(batch.mask.any(0).nonzero().max()) + 1
     return Batch(*(put(part[:, :length], device) for part in batch[:2]), batch.mask[:, :length])
 
@@ -449,6 +450,8 @@ def main() -> None:
     scores = {}
     for folder in config.models:
         m = model.load(folder, device)
+        if config.compile:
+            m.compile()
         scores[folder.name if unique else str(folder)] = score(m, source, device=device, precision=config.precision)
     found = results(scores, device=device, seed=config.seed)
     show(found)

@@ -282,8 +282,8 @@ def standardized(x: Tensor) -> Tensor:
 
 def draw_exits(logpi: Tensor, generator: torch.Generator | None) -> Tensor:
     """An exit for each token and rollout.    N G L -> N G    (step 6)"""
-    flat = torch.multinomial(rearrange(logpi.exp(), "n g l -> (n g) l"), 1, generator=generator)
-    return rearrange(flat, "(n g) 1 -> n g", n=len(logpi))
+    drawn = torch.rand(logpi[..., :1].shape, generator=generator, device=logpi.device, dtype=logpi.dtype)  # N G 1
+    return (logpi[..., :-1].exp().cumsum(-1) <= drawn).sum(-1)
 
 
 def sampled_policy_loss(rollout_logpi: Tensor, exits: Tensor, reward: Tensor) -> Tensor:
@@ -1000,11 +1000,6 @@ def main() -> None:
                 dist.init_process_group(backend, timeout=timedelta(seconds=config.train.timeout))
             where = {"device": device, "rank": rank, "world": world}
             models = run_stages(config, tokenizer, rows, stopping=lambda: bool(asked), **where)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise UserError(
-                f"torch.compile can't build the layers here ({str(error).strip().splitlines()[0][:200]}): "
-                "give --train.compile off"
-            ) from error
         except RuntimeError as error:
             if world == 1 or not is_from_processes(error):
                 raise
@@ -1141,6 +1136,8 @@ def revive(kind: type, found: dict):
     """A configuration from its JSON form."""
     values = {}
     for name, hint in get_type_hints(kind).items():
+        if name not in found and not is_dataclass(hint):
+            continue  # a flag that came later: it has its default
         value = found[name]
         if isinstance(value, dict):
             value = revive(hint, value)

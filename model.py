@@ -42,8 +42,14 @@ def report(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        sys.exit(f"error: {error}" if rank == "0" else f"error on process {rank}: {error}")
+        problem = str(error)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        why = str(error).strip().partition("\n")[0][:200]
+        problem = f"torch.compile can't build the layers here ({why}): give --train.compile off, or --no-compile"
+    else:
+        return
+    rank = os.environ.get("RANK", "0")
+    sys.exit(f"error: {problem}" if rank == "0" else f"error on process {rank}: {problem}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -275,11 +275,16 @@ def test_peak_memory_counts_what_lives_at_once():
         (["pretrain", "--length", "1"], "--length 1 is too small"),
         (["eval", "--rounds", "0"], "--rounds 0 is too small"),
         (["rpt", "--out", "other.json"], "other.json holds no results of these benchmarks"),
+        (["rpt", "--out", "half.json"], "half.json holds no results of these benchmarks"),
+        (["eval", "--out", "."], "holds no results of these benchmarks"),
+        (["rpt", "--out", "other.json/new.json"], "other.json can't be a folder"),
+        (["speeds", "none.json"], "none.json is not a file"),
     ],
 )
 def test_speeds_refuse_what_they_cannot_do(args, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "half.json").write_text('{"runs": [{"forms": [{}]}]}')
     with pytest.raises(SystemExit, match=said):
         call(monkeypatch, *args)
     assert (tmp_path / "other.json").read_text() == "{}"

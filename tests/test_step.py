@@ -389,6 +389,48 @@ def test_a_row_without_a_token_that_counts_changes_nothing():
 # Training
 
 
+@pytest.mark.parametrize("start", [0, 2])
+def test_each_step_has_its_own_batch_wherever_a_run_starts(monkeypatch, start):
+    seen, step = [], looprpt.pretrain_step
+    monkeypatch.setattr(looprpt, "pretrain_step", lambda net, b, *a, **how: seen.append(b) or step(net, b, *a, **how))
+    config = replace(SUMS, train=replace(SUMS.train, batch=2), pretrain=replace(SUMS.pretrain, steps=6))
+    run = looprpt.begin("pretrain", make(0), config)
+    run.step = start
+    list(looprpt.train(run, config, rows(), device=CPU))
+    source = data.source(rows(), config.data, batch=2, seed="0/pretrain")
+    assert len(seen) == 6 - start
+    for index, batch in enumerate(seen, start):
+        width = batch.inputs.shape[1]
+        assert batch.inputs.equal(source.batch(index).inputs[:, :width])
+
+
+def test_gradients_are_clipped_and_their_norm_is_logged_before():
+    config = replace(SUMS, train=replace(SUMS.train, clip=0.01))
+    run = looprpt.begin("pretrain", make(0), config)
+    now = next(looprpt.train(run, config, rows(), device=CPU))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.student.parameters()])
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+    assert now["grad_norm"] > 0.1
+
+
+def test_operations_add_up_over_micro_batches(monkeypatch):
+    monkeypatch.setattr(looprpt, "peak_flops", lambda device: 1e9)
+    ratio = []
+    for size in (0, 2):
+        config = replace(SUMS, train=replace(SUMS.train, micro_batch=size))
+        same = [Row(row.ids[:5], 1) for row in rows()]
+        now = next(looprpt.train(looprpt.begin("pretrain", make(0), config), config, same, device=CPU))
+        ratio.append(now["mfu"] / now["tokens_per_s"])
+    assert ratio[0] == pytest.approx(ratio[1])
+
+
+def test_stage_two_reaches_the_gate_alone(batch):
+    student = make(0)
+    looprpt.gate_step(student, batch, looprpt.GateConfig(), counts=counts_of(batch, 1)).loss.backward()
+    reached = {name for name, p in student.named_parameters() if p.grad is not None}
+    assert reached == {"early_exit_gate.weight", "early_exit_gate.bias"}
+
+
 def test_the_gate_stage_leaves_the_backbone_as_it_was():
     student = make(0)
     before = copy.deepcopy(student.state_dict())
