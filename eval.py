@@ -164,14 +164,20 @@ def results(scores: Mapping[str, Scores], *, device: torch.device, seed: int) ->
     return {"models": models} | provenance(device) | {"seed": seed}
 
 
+def git(*args: str) -> str | None:
+    """What git says of this code; None where there is no git, or this is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), *args]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def provenance(device: torch.device) -> dict:
     """What made a result."""
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "argv": sys.argv,
-        "commit": git.stdout.strip() or None,
+        "commit": git("rev-parse", "HEAD"),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }

@@ -33,7 +33,6 @@ import resource
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections import deque
@@ -876,13 +875,12 @@ def trim_log(path: Path, done: tuple[Stage, ...], stage: Stage, step: int) -> No
 
 def start_record(config: Config, device: torch.device, world: int) -> dict:
     """What run.json says of each start."""
-    git = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain"]
-    status = subprocess.run(git, capture_output=True, text=True, check=False)
+    changed = eval.git("status", "--porcelain")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "tyro")}
     found = {
         "time": now_text(),
         "processes": world,
-        "dirty": bool(status.stdout.strip()) if not status.returncode else None,
+        "dirty": None if changed is None else bool(changed),
     }
     return (
         found | eval.provenance(device) | {"python": sys.version.split()[0], "versions": versions, "seed": config.seed}

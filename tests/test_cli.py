@@ -289,6 +289,14 @@ def test_eval_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch):
     assert "depth_1" not in json.loads(out.read_text())["models"]["rpt"]["buckets"]
 
 
+def test_without_git_a_result_just_has_no_commit(monkeypatch):
+    if (ROOT / ".git").exists():
+        assert re.fullmatch("[0-9a-f]{40}", eval.provenance(torch.device("cpu"))["commit"])
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert eval.provenance(torch.device("cpu"))["commit"] is None
+    assert looprpt.start_record(looprpt.Config(), torch.device("cpu"), 1)["dirty"] is None
+
+
 def test_a_mistake_ends_the_script_with_one_line_and_a_status():
     script = [sys.executable, ROOT / "looprpt.py", "--model.width", "65"]
     done = subprocess.run(script, capture_output=True, text=True, check=False)
