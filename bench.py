@@ -476,12 +476,10 @@ def plain_pretrain(student: LoopedTransformer, batch: data.Batch, beta: float) -
 
 
 @torch.no_grad()
-def plain_score(net: LoopedTransformer, batch: data.Batch) -> tuple[Tensor, Tensor, Tensor]:
+def plain_score(net: LoopedTransformer, batch: data.Batch) -> tuple[Tensor, ...]:
     """What eval.score finds, with all logits at once."""
     out = net(batch.inputs)
-    logits = net.logits(out.hidden)  # B T L V
-    entropy = torch.distributions.Categorical(logits=logits[:, :, -1]).entropy()
-    return (logits.argmax(-1) == batch.targets[..., None]).cpu(), out.gate.cpu(), entropy.cpu()
+    return eval.read(net, out.hidden.flatten(0, 1), batch.targets.flatten(), out.gate.flatten(0, 1))
 
 
 def peak_bytes(step: Callable[[], None], standing: int, device: torch.device) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import tyro
 from rich import box
 from rich.console import Console
@@ -30,7 +31,7 @@ import data
 import model
 import sample
 from data import Batch, Chain, DataConfig, Documents
-from model import LoopedTransformer, Precision, UserError, exit_loop, pick_device, report
+from model import LoopedTransformer, Precision, UserError, pick_device, report
 from sample import CacheRule, Exit, at_exit, generate
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -105,7 +106,12 @@ class Scores(NamedTuple):
 
     correct: Tensor  # N L  whether the largest logit is the right token
     gate: Tensor  # N L  exit logits
-    entropy: Tensor  # N  nats, of the last loop
+    entropy: Tensor  # N L  of the distribution after each loop, nats
+    logp: Tensor  # N L  log-probability of the right token
+    top: Tensor  # N L  log-probability of the likeliest token
+    turn: Tensor  # N L  KL(this loop || the one before), nats; infinite for the first
+    move: Tensor  # N L  how far the state went in this loop, over the length of the one before; infinite for the first
+    row: Tensor  # N  which document it is in
     depth: Tensor | None  # N  operands the answer depends on, for chain arithmetic
 
 
@@ -113,46 +119,211 @@ class Scores(NamedTuple):
 def score(
     m: LoopedTransformer, source: Chain | Documents, *, device: torch.device, precision: Precision = "auto"
 ) -> Scores:
-    """Run a model over one pass of a source."""
-    parts = []
-    for index in range(source.batches):
-        batch = counted(source.batch(index), device)
+    """Run a model over one pass of a source, with a progress bar on a terminal."""
+    parts, depths, rows = [], [], 0
+    size = max(1, (2**27 if device.type == "cuda" else 2**23) // (m.config.loops * m.config.vocab_size))
+    for index in track(
+        range(source.batches), "scoring", console=console, transient=True, disable=not console.is_terminal
+    ):
+        whole = source.batch(index)
+        batch = counted(whole, device)
         with autocast(device, precision):
             out, where = m(batch.inputs), places(batch.mask, device)  # N
             chosen = (part.flatten(0, 1)[where] for part in (out.hidden, batch.targets, out.gate))  # N L D, N, N L
-            for h, target, gate in zip(*(part.split(1024) for part in chosen), strict=True):
-                logits = m.logits(h)  # N L V
-                entropy = torch.distributions.Categorical(logits=logits[:, -1]).entropy()  # N
-                parts.append([(logits.argmax(-1) == target[:, None]).cpu(), gate.cpu(), entropy.cpu()])
-    correct, gate, entropy = map(torch.cat, zip(*parts, strict=True))
-    if source.depth is None:
-        return Scores(correct, gate, entropy, None)
-    masks = [source.batch(index).mask for index in range(source.batches)]
-    return Scores(correct, gate, entropy, torch.cat([source.depth.expand_as(mask)[mask] for mask in masks]))
+            found = [read(m, *slices) for slices in zip(*(part.split(size) for part in chosen), strict=True)]
+        row = torch.arange(rows, rows + len(batch.mask))[:, None].expand_as(batch.mask)[batch.mask]  # N
+        parts.append([*map(torch.cat, zip(*found, strict=True)), row])
+        rows += len(batch.mask)
+        if source.depth is not None:
+            depths.append(source.depth.expand_as(whole.mask)[whole.mask])
+    return Scores(*map(torch.cat, zip(*parts, strict=True)), torch.cat(depths) if depths else None)
+
+
+def read(m: LoopedTransformer, hidden: Tensor, targets: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    """The first seven of the scores of some tokens.    N L D, N, N L -> each N L"""
+    logits = m.logits(hidden)  # N L V
+    correct = logits.argmax(-1) == targets[:, None]
+    logits -= logits.logsumexp(-1, keepdim=True)  # log-probabilities, in place
+    p = logits.exp()
+    gold = logits.gather(-1, targets[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
+    entropy = -(p * logits).sum(-1)
+    turn = -entropy[:, 1:] - (p[:, 1:] * logits[:, :-1]).sum(-1)
+    states = hidden.float()
+    move = (states[:, 1:] - states[:, :-1]).norm(dim=-1) / states[:, :-1].norm(dim=-1)
+    turn, move = (F.pad(x, (1, 0), value=math.inf) for x in (turn, move))
+    return tuple(x.cpu() for x in (correct, gate, entropy, gold, logits.amax(-1), turn, move))
 
 
 def buckets(first: Scores) -> dict[str, Tensor]:
     """Which tokens each bucket holds, by the first model.    -> each N"""
-    sets = {"all": torch.ones_like(first.entropy, dtype=torch.bool)}
-    sets |= {name: (first.entropy >= low) & (first.entropy < high) for name, (low, high) in DIFFICULTY.items()}
+    last = first.entropy[:, -1]
+    sets = {"all": torch.ones_like(last, dtype=torch.bool)}
+    sets |= {name: (last >= low) & (last < high) for name, (low, high) in DIFFICULTY.items()}
     if first.depth is not None:
         sets |= {f"depth_{d}": first.depth == d for d in range(1, int(first.depth.max()) + 1)}
     return sets
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Exit rules: each gives every loop of a token a number, and a token leaves after the first loop whose number reaches a
+# threshold, or after the last
+
+
+RULES = {
+    "gate": lambda s: left_by(s.gate),  # cumulative exit probability
+    "confidence": lambda s: s.top,  # probability of the likeliest token
+    "entropy": lambda s: -s.entropy,
+    "kl": lambda s: -s.turn,  # between successive loops
+    "state": lambda s: -s.move,  # change of state
+}
+
+
+def left_by(gate: Tensor) -> Tensor:
+    """Probability of having left after each loop.    N L -> N L"""
+    return F.pad(-torch.expm1(F.logsigmoid(-gate[:, :-1]).cumsum(-1)), (0, 1), value=1.0)
+
+
+def thresholds(reached: Tensor, rule: str) -> Tensor:
+    """Nine: the gate's are fixed, another rule's are the deciles of its numbers before the last loop.    N L -> 9"""
+    if rule == "gate":
+        return torch.tensor(THRESHOLDS)
+    found = reached[:, :-1][reached[:, :-1].isfinite()].sort().values
+    return found[(torch.tensor(THRESHOLDS) * len(found)).long()] if len(found) else torch.zeros(len(THRESHOLDS))
+
+
+def exits(reached: Tensor, threshold: float) -> Tensor:
+    """First loop (from 0) whose number reaches the threshold, the last if none does.    N L -> N"""
+    return (reached[:, :-1] < threshold).cumprod(-1).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sums over documents, of which everything that is reported is a ratio; documents are what the bootstrap draws
+
+
+class Tally(NamedTuple):
+    """Sums over the tokens of a document, or of all. D documents, K thresholds."""
+
+    tokens: Tensor  # D
+    correct: Tensor  # D L  after each loop
+    logp: Tensor  # D L
+    rules: Tensor  # D R K 2  for each exit rule and threshold: right where it leaves, and loops
+
+    def over(self, weights: Tensor) -> "Tally":
+        """Totals of documents drawn so often.    weights W D -> each with W for D"""
+        return Tally(*(torch.tensordot(weights, x, 1) for x in self))
+
+    def by_loop(self) -> Tensor:
+        """Accuracy after each loop.    -> D L"""
+        return self.correct / self.tokens[:, None]
+
+    def curve(self, rule: str) -> tuple[Tensor, Tensor]:
+        """Average loops and accuracy over the thresholds, from the first loop for all to the last.    -> D K+2 twice"""
+        accuracy, loops = (self.rules[:, [*RULES].index(rule)] / self.tokens[:, None, None]).unbind(-1)  # D K
+        ends = self.by_loop()[:, [0, -1]]  # D 2
+        first, last = torch.ones_like(loops[:, :1]), torch.full_like(loops[:, :1], self.correct.shape[1])
+        return torch.cat((first, loops, last), -1), torch.cat((ends[:, :1], accuracy, ends[:, 1:]), -1)
+
+
+def tally(s: Scores, tokens: Tensor) -> Tally:
+    """tokens: N, those that count."""
+    n, loops = int(s.row.max()) + 1, s.correct.shape[1]
+    rules = []
+    for name, rule in RULES.items():
+        reached = rule(s)
+        for threshold in thresholds(reached[tokens], name):
+            leaves = exits(reached, threshold)  # N
+            rules.append(torch.stack((s.correct.gather(1, leaves[:, None])[:, 0].double(), leaves + 1.0), -1))
+    columns = torch.cat((torch.ones(len(s.row), 1), s.correct, s.logp, *rules), -1).double()  # N C
+    sums = columns.new_zeros(n, columns.shape[1]).index_add_(0, s.row[tokens], columns[tokens])
+    sums = sums[sums[:, 0] > 0]
+    ones, correct, logp, rest = sums.split((1, loops, loops, sums.shape[1] - 1 - 2 * loops), -1)
+    return Tally(ones[:, 0], correct, logp, rest.unflatten(-1, (len(RULES), len(THRESHOLDS), 2)))
+
+
 def summary(s: Scores, tokens: Tensor) -> dict:
-    """Accuracy (0 to 1) after each loop, and accuracy and mean loops (from 1) at each exit threshold; null if empty."""
-    correct, gate, n = s.correct[tokens].double(), s.gate[tokens], int(tokens.sum())
-
-    def mean(x: Tensor) -> float | None:
-        return x.double().mean().item() if n else None
-
-    sweep = []
+    """Accuracy (0 to 1) and log-loss after each loop, what each exit rule makes of them, and how the gate's exits at
+    threshold 0.5 are spread and what they are worth; null if there is no token."""
+    n, loops = int(tokens.sum()), s.correct.shape[1]
+    if not n:
+        return {
+            "tokens": 0,
+            "by_loop": [None] * loops,
+            "ce": [None] * loops,
+            "sweep": [{"threshold": t, "accuracy": None, "loops": None} for t in THRESHOLDS],
+        }
+    each = tally(s, tokens)
+    total = each.over(torch.ones(1, len(each.tokens), dtype=torch.float64))
+    curves = {name: torch.stack(total.curve(name), -1)[0] for name in RULES}  # K+2 2
+    sweep = [
+        {"threshold": t, "accuracy": a, "loops": x}
+        for t, (x, a) in zip(THRESHOLDS, curves["gate"][1:-1].tolist(), strict=True)
+    ]
+    correct, logp, gate = s.correct[tokens].double(), s.logp[tokens].double(), left_by(s.gate[tokens])
+    drawn = []  # exits of the same spread as the gate's, but for any token
     for threshold in THRESHOLDS:
-        exits = exit_loop(gate, threshold)  # N
-        accuracy = mean(correct.gather(1, exits[:, None]))
-        sweep.append({"threshold": threshold, "accuracy": accuracy, "loops": mean(exits + 1)})
-    return {"tokens": n, "by_loop": [mean(column) for column in correct.T], "sweep": sweep}
+        share = F.one_hot(exits(gate, threshold), loops).double().mean(0)  # L
+        drawn.append([(share @ torch.arange(1.0, loops + 1).double()).item(), (share @ correct.mean(0)).item()])
+    curves["random"] = torch.tensor([curves["gate"][0].tolist(), *drawn, curves["gate"][-1].tolist()])
+    right = correct.argmax(-1)  # the first loop that is right, or the first
+    leaves = exits(gate, 0.5)
+    spread = []
+    for loop in range(loops):
+        here = leaves == loop
+        gained, left = (logp[:, loop] - logp[:, 0])[here], (logp[:, -1] - logp[:, loop])[here]
+        mean = [x.mean().item() if len(x) else None for x in (gained, left)]
+        spread.append({"share": here.double().mean().item(), "gained": mean[0], "left": mean[1]})
+    return {
+        "tokens": n,
+        "by_loop": total.by_loop()[0].tolist(),
+        "ce": (-total.logp / n)[0].tolist(),
+        "sweep": sweep,
+        "curves": {name: curve.tolist() for name, curve in curves.items()},
+        "area": {name: area(curve) for name, curve in curves.items()} if loops > 1 else {},
+        "oracle": {"loops": (right + 1.0).mean().item(), "accuracy": correct.amax(-1).mean().item()},
+        "exits": spread,
+    }
+
+
+def area(curve: Tensor) -> float:
+    """Mean accuracy under a curve of loops and accuracy, over all numbers of loops.    K 2 -> 1"""
+    loops, accuracy = curve.T
+    return (torch.trapezoid(accuracy, loops) / (loops[-1] - loops[0])).item()
+
+
+def compare(pairs: list[tuple[Tally, Tally]], *, rounds: int = 2000, seed: int = 0) -> dict:
+    """The first of each pair less the second, averaged over the pairs (seeds), with 95 % intervals by a bootstrap that
+    draws documents, the same for all.
+
+    by_loop  accuracy after each loop
+    at_half  accuracy where the gates leave at threshold 0.5; loops_at_half: their average loops there
+    peak     accuracy there less the second's after all loops
+    matched  accuracy there less that of the second's curve of each exit rule, at the first's number of loops
+    """
+    n = len(pairs[0][0].tokens)
+    drawn = torch.randint(n, (rounds, n), generator=data.seeded("bootstrap", seed))
+    weights = torch.zeros(rounds, n).scatter_add_(1, drawn, torch.ones(rounds, n))
+    weights = torch.cat((torch.ones(1, n), weights)).double()  # the first one is the documents themselves
+    differences = []
+    for pair in pairs:
+        a, b = (t.over(weights) for t in pair)
+        half = [tuple(x[:, THRESHOLDS.index(0.5) + 1] for x in t.curve("gate")) for t in (a, b)]
+        (loops, accuracy), (b_loops, b_accuracy) = half
+        found = {f"by_loop {i + 1}": x for i, x in enumerate((a.by_loop() - b.by_loop()).T)}
+        found |= {"at_half": accuracy - b_accuracy, "loops_at_half": loops - b_loops}
+        found["peak"] = accuracy - b.by_loop()[:, -1]
+        found |= {f"matched {rule}": accuracy - at(loops, *b.curve(rule)) for rule in RULES}
+        differences.append(found)
+    limits = torch.tensor([0.025, 0.975]).double()
+    means = {name: sum(d[name] for d in differences) / len(pairs) for name in differences[0]}
+    return {name: [x[0].item(), *x[1:].quantile(limits).tolist()] for name, x in means.items()}
+
+
+def at(x: Tensor, loops: Tensor, accuracy: Tensor) -> Tensor:
+    """Accuracy of curves at given numbers of loops, on straight lines between their points.    W, W K, W K -> W"""
+    high = (loops <= x[:, None]).sum(-1, keepdim=True).clamp(1, loops.shape[1] - 1)  # W 1
+    (x0, x1), (y0, y1) = ((t.gather(1, high - 1)[:, 0], t.gather(1, high)[:, 0]) for t in (loops, accuracy))
+    share = ((x - x0) / (x1 - x0).clamp_min(1e-12)).clamp(0, 1)
+    return y0 + share * (y1 - y0)
 
 
 def results(scores: Mapping[str, Scores], *, device: torch.device, seed: int) -> dict:
@@ -184,7 +355,10 @@ def provenance(device: torch.device) -> dict:
 
 
 def show(found: dict) -> None:
-    """Print the table, and a second one by operand or by difficulty; q=0.5 is the gate's exit at threshold 0.5."""
+    """Print accuracy by loop, the same by operand or by difficulty, and what each exit rule makes of the loops.
+
+    q=0.5 is the gate's exit at threshold 0.5.
+    """
     models = found["models"]
     names = list(next(iter(models.values()))["buckets"])
     depths = [name for name in names if name.startswith("depth_")]
@@ -207,6 +381,17 @@ def show(found: dict) -> None:
                 mean = "–" if half["loops"] is None else f"{half['loops']:.2f}"
                 table.add_row(*label, name, f"{b['tokens']:,}", *cells, mean)
             table.add_section()
+        console.print(table)
+    rules = [*RULES, "random"]
+    table = Table(title="mean accuracy in % over all numbers of loops, by exit rule", **style)
+    for head in ("model", *rules, "oracle", "loops"):
+        table.add_column(head, justify="left" if head == "model" else "right", no_wrap=True)
+    for name, m in models.items():
+        b = m["buckets"]["all"]
+        if b.get("area"):
+            areas, oracle = (f"{100 * b['area'][rule]:.1f}" for rule in rules), b["oracle"]
+            table.add_row(name, *areas, f"{100 * oracle['accuracy']:.1f}", f"{oracle['loops']:.2f}")
+    if table.row_count:
         console.print(table)
 
 

@@ -68,7 +68,7 @@ def test_results_json_has_what_eval_promises(run):
     for m in found["models"].values():
         assert list(m["buckets"]) == ["all", "easy", "medium", "hard", "depth_1", "depth_2", "depth_3"]
         for name, bucket in m["buckets"].items():
-            assert bucket.keys() == {"tokens", "by_loop", "sweep"}
+            assert bucket.keys() >= {"tokens", "by_loop", "ce", "sweep"}
             assert len(bucket["by_loop"]) == 3
             assert [s["threshold"] for s in bucket["sweep"]] == [i / 10 for i in range(1, 10)]
             if name.startswith("depth_"):
@@ -136,9 +136,11 @@ def test_scores_agree_with_a_plain_count(run):
 
 
 def test_buckets_are_those_of_the_first_model_at_its_own_limits():
-    entropy = torch.tensor([0.4, 0.5, 0.9, 1.0, 1.5, 3.0])
-    first = eval.Scores(torch.ones(6, 3, dtype=torch.bool), torch.zeros(6, 3), entropy, None)
-    other = first._replace(entropy=entropy.flip(0) * 2, correct=entropy[:, None].expand(6, 3) > 1)
+    last, zeros = torch.tensor([0.4, 0.5, 0.9, 1.0, 1.5, 3.0]), torch.zeros(6, 3)
+    entropy = torch.stack((last + 9, last + 9, last), 1)
+    correct, rest = torch.ones(6, 3, dtype=torch.bool), [zeros] * 4
+    first = eval.Scores(correct, zeros, entropy, *rest, torch.arange(6), None)
+    other = first._replace(entropy=entropy.flip(0) * 2, correct=last[:, None].expand(6, 3) > 1)
     found = eval.results({"a": first, "b": other}, device=torch.device("cpu"), seed=0)["models"]
     for name in ("a", "b"):
         sizes = {bucket: b["tokens"] for bucket, b in found[name]["buckets"].items()}

@@ -1,0 +1,197 @@
+"""Exit rules, curves and intervals: against plain Python."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import data
+import eval
+from eval import Scores, Tally
+from model import LoopedTransformer, ModelConfig
+
+L = 4
+
+
+@pytest.fixture
+def scores():
+    """Sixty tokens in seven documents."""
+    g = torch.Generator().manual_seed(0)
+    n = 60
+    spread = torch.rand(n, L, generator=g)
+    first = torch.full((n, 1), math.inf)
+    return Scores(
+        correct=torch.rand(n, L, generator=g) < torch.tensor([0.3, 0.5, 0.6, 0.7]),
+        gate=torch.randn(n, L, generator=g) * 2 - 0.5,
+        entropy=spread * 3,
+        logp=-torch.rand(n, L, generator=g) * 4,
+        top=-spread,
+        turn=torch.cat((first, torch.rand(n, L - 1, generator=g)), 1),
+        move=torch.cat((first, torch.rand(n, L - 1, generator=g)), 1),
+        row=torch.randint(7, (n,), generator=g).sort().values,
+        depth=None,
+    )
+
+
+def slow_exit(s, rule, threshold, n):
+    """Loop (from 0) at which token n leaves."""
+    stay = 1.0
+    for loop in range(L - 1):
+        stay *= 1 - torch.sigmoid(s.gate[n, loop].double()).item()
+        number = {
+            "gate": 1 - stay,
+            "confidence": s.top[n, loop].item(),
+            "entropy": -s.entropy[n, loop].item(),
+            "kl": -s.turn[n, loop].item(),
+            "state": -s.move[n, loop].item(),
+        }[rule]
+        if number >= threshold:
+            return loop
+    return L - 1
+
+
+@pytest.mark.parametrize("rule", list(eval.RULES))
+def test_each_rule_leaves_after_the_first_loop_that_reaches_the_threshold(scores, rule):
+    reached = eval.RULES[rule](scores)
+    for threshold in eval.thresholds(reached, rule).tolist():
+        expected = [slow_exit(scores, rule, threshold, n) for n in range(60)]
+        assert eval.exits(reached, threshold).tolist() == expected
+    assert {*eval.exits(reached, -math.inf).tolist()} == {0}
+    assert {*eval.exits(reached, math.inf).tolist()} == {L - 1}
+    if rule in ("kl", "state"):
+        assert min(eval.exits(reached, -1e9).tolist()) == 1, "nothing to compare the first loop with"
+
+
+def test_a_summary_is_what_its_words_say(scores):
+    chosen = torch.rand(60, generator=torch.Generator().manual_seed(1)) < 0.6
+    found, tokens = eval.summary(scores, chosen), chosen.nonzero().flatten().tolist()
+    n = len(tokens)
+    assert found["tokens"] == n
+    right = scores.correct.tolist()
+    for loop in range(L):
+        assert found["by_loop"][loop] == pytest.approx(sum(right[t][loop] for t in tokens) / n)
+        assert found["ce"][loop] == pytest.approx(-sum(scores.logp[t, loop].item() for t in tokens) / n)
+    for point in found["sweep"]:
+        leave = {t: slow_exit(scores, "gate", point["threshold"], t) for t in tokens}
+        assert point["loops"] == pytest.approx(sum(leave.values()) / n + 1)
+        assert point["accuracy"] == pytest.approx(sum(right[t][leave[t]] for t in tokens) / n)
+    for rule, curve in found["curves"].items():
+        assert curve[0] == pytest.approx([1, found["by_loop"][0]])
+        assert curve[-1] == pytest.approx([L, found["by_loop"][-1]])
+        assert [x for x, _ in curve] == sorted(x for x, _ in curve), rule
+    leave = [slow_exit(scores, "gate", 0.5, t) for t in tokens]
+    share = [leave.count(loop) / n for loop in range(L)]
+    point = found["curves"]["random"][eval.THRESHOLDS.index(0.5) + 1]
+    assert point == pytest.approx(
+        [
+            sum((i + 1) * s for i, s in enumerate(share)),
+            sum(s * a for s, a in zip(share, found["by_loop"], strict=True)),
+        ]
+    )
+    first = [next((i for i in range(L) if right[t][i]), 0) for t in tokens]
+    assert found["oracle"]["loops"] == pytest.approx(sum(first) / n + 1)
+    assert found["oracle"]["accuracy"] == pytest.approx(sum(any(right[t]) for t in tokens) / n)
+    logp = scores.logp.tolist()
+    for loop, part in enumerate(found["exits"]):
+        here = [t for t, x in zip(tokens, leave, strict=True) if x == loop]
+        assert part["share"] == pytest.approx(len(here) / n)
+        if here:
+            assert part["gained"] == pytest.approx(sum(logp[t][loop] - logp[t][0] for t in here) / len(here))
+            assert part["left"] == pytest.approx(sum(logp[t][-1] - logp[t][loop] for t in here) / len(here))
+
+
+def test_the_area_is_the_mean_accuracy_over_all_numbers_of_loops():
+    assert eval.area(torch.tensor([[1.0, 0.2], [4.0, 0.8]])) == pytest.approx(0.5)
+    assert eval.area(torch.tensor([[1.0, 0.2], [2.0, 0.8], [4.0, 0.8]])) == pytest.approx((0.5 + 2 * 0.8) / 3)
+
+
+def test_a_bucket_without_tokens_has_no_numbers(scores):
+    found = eval.summary(scores, torch.zeros(60, dtype=torch.bool))
+    assert found["by_loop"] == [None] * L
+    assert {p["accuracy"] for p in found["sweep"]} == {None}
+
+
+def test_a_curve_is_read_on_straight_lines_between_its_points():
+    loops, accuracy = torch.tensor([[1.0, 2, 2, 4]] * 5), torch.tensor([[0.0, 0.4, 0.4, 1]] * 5)
+    x = torch.tensor([1, 1.5, 2, 3, 4])
+    assert_close(eval.at(x, loops, accuracy), torch.tensor([0, 0.2, 0.4, 0.7, 1]))
+
+
+def test_intervals_come_from_drawing_documents(scores):
+    """Beside a bootstrap in plain Python, of two models whose documents differ."""
+    other = scores._replace(correct=scores.correct.roll(1, 0) | scores.correct, gate=scores.gate.flip(1))
+    every = torch.ones(60, dtype=torch.bool)
+    a, b = eval.tally(other, every), eval.tally(scores, every)
+    found = eval.compare([(a, b)], rounds=4000)
+    documents = [(scores.row == d).nonzero().flatten().tolist() for d in range(7)]
+    documents = [d for d in documents if d]
+
+    def peak(s, chosen):
+        tokens = [t for d in chosen for t in documents[d]]
+        return [s.correct[tokens][:, i].double().mean().item() for i in range(L)]
+
+    straight = [
+        x - y for x, y in zip(peak(other, range(len(documents))), peak(scores, range(len(documents))), strict=True)
+    ]
+    g, draws = torch.Generator().manual_seed(5), []
+    for _ in range(1500):
+        chosen = torch.randint(len(documents), (len(documents),), generator=g).tolist()
+        draws.append([x - y for x, y in zip(peak(other, chosen), peak(scores, chosen), strict=True)])
+    limits = torch.tensor(draws).quantile(torch.tensor([0.025, 0.975]), 0)
+    for i in range(L):
+        middle, low, high = found[f"by_loop {i + 1}"]
+        assert middle == pytest.approx(straight[i])
+        assert [low, high] == pytest.approx(limits[:, i].tolist(), abs=0.015)
+    same = eval.compare([(a, a)], rounds=50)
+    for name, (middle, low, high) in same.items():
+        if (name != "peak" and not name.startswith("matched")) or name == "matched gate":
+            assert middle == low == high == pytest.approx(0, abs=1e-12), name
+
+
+def test_seeds_are_averaged_on_the_same_documents(scores):
+    every = torch.ones(60, dtype=torch.bool)
+    a, b = eval.tally(scores, every), eval.tally(scores._replace(correct=~scores.correct), every)
+    one, other, both = (eval.compare(pairs, rounds=20) for pairs in ([(a, b)], [(b, a)], [(a, b), (b, a)]))
+    for name in ("by_loop 1", "at_half"):
+        assert one[name][0] == pytest.approx(-other[name][0])
+        assert both[name] == pytest.approx([0, 0, 0], abs=1e-12)
+
+
+def test_scores_are_those_of_each_token_and_know_their_document():
+    net = LoopedTransformer(
+        ModelConfig(layers=1, width=16, heads=2, vocab_size=20, init_std=0.3), generator=data.seeded(0)
+    )
+    rows = [data.Row(torch.randint(20, (n,), generator=data.seeded(n)).tolist(), 2) for n in (9, 5, 7, 6, 8)]
+    source = data.Documents(rows, batch=2, seed=0)
+    s = eval.score(net, source, device=torch.device("cpu"))
+    k = row = 0
+    for index in range(source.batches):
+        batch = source.batch(index)
+        with torch.no_grad():
+            out = net(batch.inputs)
+            p = net.logits(out.hidden).double().softmax(-1)
+        for b in range(len(batch.mask)):
+            for t in batch.mask[b].nonzero().flatten().tolist():
+                assert s.row[k] == row
+                for loop in range(4):
+                    q, y = p[b, t, loop], batch.targets[b, t]
+                    assert s.correct[k, loop] == (q.argmax() == y)
+                    assert s.logp[k, loop].item() == pytest.approx(q[y].log().item(), abs=1e-5)
+                    assert s.top[k, loop].item() == pytest.approx(q.max().log().item(), abs=1e-5)
+                    assert s.entropy[k, loop].item() == pytest.approx(-(q * q.log()).sum().item(), abs=1e-5)
+                    if loop:
+                        before, h = p[b, t, loop - 1], out.hidden[b, t]
+                        kl = (q * (q / before).log()).sum().item()
+                        assert s.turn[k, loop].item() == pytest.approx(kl, abs=1e-5)
+                        moved = (h[loop] - h[loop - 1]).norm() / h[loop - 1].norm()
+                        assert s.move[k, loop].item() == pytest.approx(moved.item(), abs=1e-5)
+                k += 1
+            row += 1
+    assert k == len(s.row)
+
+
+def test_documents_without_a_token_of_the_bucket_are_no_documents_of_it(scores):
+    each = eval.tally(scores, scores.row != 3)
+    assert isinstance(each, Tally)
+    assert len(each.tokens) == len({*scores.row.tolist()} - {3})
