@@ -327,11 +327,14 @@ def at(x: Tensor, loops: Tensor, accuracy: Tensor) -> Tensor:
 
 
 def results(scores: Mapping[str, Scores], *, device: torch.device, seed: int) -> dict:
-    """What results.json holds. The buckets are those of the first model."""
-    sets = buckets(next(iter(scores.values())))
-    models = {
-        name: {"buckets": {bucket: summary(s, tokens) for bucket, tokens in sets.items()}} for name, s in scores.items()
-    }
+    """What results.json holds. The buckets are those of the first model, and the others are compared with it."""
+    first = next(iter(scores.values()))
+    sets, loops = buckets(first), first.correct.shape[1]
+    models = {}
+    for name, s in scores.items():
+        models[name] = {"buckets": {bucket: summary(s, tokens) for bucket, tokens in sets.items()}}
+        if s is not first and s.correct.shape[1] == loops > 1:
+            models[name]["beside_first"] = compare([(tally(s, sets["all"]), tally(first, sets["all"]))], seed=seed)
     return {"models": models} | provenance(device) | {"seed": seed}
 
 

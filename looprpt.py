@@ -231,7 +231,7 @@ SLICE, KEPT = 2**23, 2**27  # logits: what a CPU's caches like, and 512 MiB in f
 
 
 def gold_logp(net: LoopedTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of the gold token after each loop, without ever holding N L V.    N L D, N -> N L"""
+    """Log-probability of the gold token after each loop, its logits in slices.    N L D, N -> N L"""
     words = hidden.shape[1] * net.config.vocab_size
     return in_chunks(lambda h, target: logp_of(net.logits(h), target), hidden, targets, words=words)
 
