@@ -28,7 +28,6 @@ import torch.nn.functional as F
 import tyro
 from einops import rearrange, repeat
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -41,10 +40,10 @@ import eval
 import looprpt
 import model
 import sample
+from eval import console
 from model import Cache, LoopedTransformer, ModelConfig, Precision, UserError, pick_device, report
 from sample import CacheRule, Exit, generate
 
-console = Console()
 OURO = {"width": 2048, "heads": 16, "ffn": 5632, "vocab_size": 49152}
 SHAPES = {
     "demo": ModelConfig(vocab_size=8),
@@ -552,7 +551,7 @@ def race(name: str, config: SpeedConfig, setup: Callable) -> None:
     config.check()
     device, usual = pick_device(config.device), ROWS[config.shape]
     rows, length = config.rows or usual[0], config.length or usual[1]
-    shape = replace(SHAPES[config.shape], max_positions=max(SHAPES[config.shape].max_positions, length))
+    shape = SHAPES[config.shape]
     with torch.device(device):
         net = LoopedTransformer(shape, generator=data.seeded(config.shape, device=device))
     ids = torch.randint(shape.vocab_size, (rows, length + 1), generator=data.seeded("rows")).tolist()
@@ -589,13 +588,12 @@ def race(name: str, config: SpeedConfig, setup: Callable) -> None:
         speedup = statistics.median(t[first] / t[form] for t in times)
         row = {"form": form, "tokens_per_s": rows * length / seconds, "speedup": speedup, "peak_gib": size / 2**30}
         found.append(row | {"memory": size / sizes[first], "mfu": forms[form].flops / seconds / peak})
-    low = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     result = {
         "bench": name,
         "shape": config.shape,
         "rows": rows,
         "length": length,
-        "precision": "bf16" if low else "fp32",
+        "precision": eval.products(device, config.precision),
     }
     result |= {"threads": torch.get_num_threads(), "peak_tflops": peak / 1e12, "forms": found} | eval.provenance(device)
     title = f"{name}, {config.shape}, {rows} rows of {length}, {result['precision']}, {result['device']}"

@@ -31,7 +31,7 @@ import data
 import model
 import sample
 from data import Batch, Chain, DataConfig, Documents
-from model import LoopedTransformer, Precision, UserError, pick_device, report
+from model import KEPT, SLICE, LoopedTransformer, Precision, UserError, pick_device, report
 from sample import CacheRule, Exit, at_exit, generate
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -73,10 +73,15 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"--out: {folder} can't be a folder ({error.strerror}): give another place") from error
 
 
+def products(device: torch.device, precision: Precision) -> str:
+    """What the matrix products are in: bf16 or fp32."""
+    return precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+
+
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
     """A fresh context for one forward pass; its cached weights go stale after an optimiser step."""
-    bfloat16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+    low = products(device, precision) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
 
 
 def put(x: Tensor, device: torch.device) -> Tensor:
@@ -121,7 +126,7 @@ def score(
 ) -> Scores:
     """Run a model over one pass of a source, with a progress bar on a terminal."""
     parts, depths, rows = [], [], 0
-    size = max(1, (2**27 if device.type == "cuda" else 2**23) // (m.config.loops * m.config.vocab_size))
+    size = max(1, (KEPT if device.type == "cuda" else SLICE) // (m.config.loops * m.config.vocab_size))
     for index in track(
         range(source.batches), "scoring", console=console, transient=True, disable=not console.is_terminal
     ):
@@ -212,6 +217,17 @@ class Tally(NamedTuple):
         """Totals of documents drawn so often.    weights W D -> each with W for D"""
         return Tally(*(torch.tensordot(weights, x, 1) for x in self))
 
+    def drawn(self, rounds: int, seed: int) -> "Tally":
+        """Totals of the documents themselves, then of as many drawn from them, the same for every model.    -> 1+W"""
+        n, generator = len(self.tokens), data.seeded("bootstrap", seed)
+        found = [self.over(torch.ones(1, n).double())]
+        for start in range(0, rounds, 100):  # so many at once, that memory doesn't grow with the rounds
+            chosen = torch.randint(n, (min(100, rounds - start), n), generator=generator)
+            found.append(
+                self.over(torch.zeros(chosen.shape).scatter_add_(1, chosen, torch.ones(chosen.shape)).double())
+            )
+        return Tally(*map(torch.cat, zip(*found, strict=True)))
+
     def by_loop(self) -> Tensor:
         """Accuracy after each loop.    -> D L"""
         return self.correct / self.tokens[:, None]
@@ -299,13 +315,9 @@ def compare(pairs: list[tuple[Tally, Tally]], *, rounds: int = 2000, seed: int =
     peak     accuracy there less the second's after all loops
     matched  accuracy there less that of the second's curve of each exit rule, at the first's number of loops
     """
-    n = len(pairs[0][0].tokens)
-    drawn = torch.randint(n, (rounds, n), generator=data.seeded("bootstrap", seed))
-    weights = torch.zeros(rounds, n).scatter_add_(1, drawn, torch.ones(rounds, n))
-    weights = torch.cat((torch.ones(1, n), weights)).double()  # the first one is the documents themselves
     differences = []
     for pair in pairs:
-        a, b = (t.over(weights) for t in pair)
+        a, b = (t.drawn(rounds, seed) for t in pair)
         half = [tuple(x[:, THRESHOLDS.index(0.5) + 1] for x in t.curve("gate")) for t in (a, b)]
         (loops, accuracy), (b_loops, b_accuracy) = half
         found = {f"by_loop {i + 1}": x for i, x in enumerate((a.by_loop() - b.by_loop()).T)}

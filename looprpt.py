@@ -64,6 +64,8 @@ from data import Batch, DataConfig
 from eval import autocast, console, counted, make_folder, places, put
 from model import (
     DTYPES,
+    KEPT,
+    SLICE,
     DType,
     LoopedTransformer,
     ModelConfig,
@@ -225,9 +227,6 @@ def in_chunks(f: Callable[..., Tensor], *parts: Tensor, words: int) -> Tensor:
     if len(parts[0]) * words <= KEPT:
         return torch.cat([f(*s) for s in slices])
     return torch.cat([checkpoint(f, *s, use_reentrant=False, preserve_rng_state=False) for s in slices])
-
-
-SLICE, KEPT = 2**23, 2**27  # logits: what a CPU's caches like, and 512 MiB in float32
 
 
 def gold_logp(net: LoopedTransformer, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tyro.conf import Positional
 
+SLICE, KEPT = 2**23, 2**27  # logits at once: what a CPU's caches like, and 512 MiB in float32
+
 
 class UserError(ValueError):
     """A user's mistake: one sentence with what was given, the rule and the way out; printed without a traceback."""
@@ -43,7 +45,9 @@ def report(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         problem = str(error)
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            raise
         why = str(error).strip().partition("\n")[0][:200]
         problem = f"torch.compile can't build the layers here ({why}): give --train.compile off, or --no-compile"
     else:
