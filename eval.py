@@ -10,12 +10,13 @@ A token counts as right if its logit is the largest. Tokens are sorted into buck
 import contextlib
 import json
 import math
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -631,9 +632,167 @@ def harness() -> None:
         config.out.write_text(json.dumps(what | provenance(device) | {"seed": config.seed}, indent=1) + "\n")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The study: every control and every ablation from one base, with the same rows and steps
+
+PAPER = (
+    "--rpt.estimator sampled --rpt.rollouts 8 --rpt.noise-std 0.1 --rpt.rho 0.2 --rpt.rep reward --rpt.floor 0 "
+    "--rpt.distill-weight 0 --rpt.kl k3 --rpt.kl-weight 1e-4 --rpt.ent-weight 0.01 --rpt.lambda-base 0.02"
+)
+EXACT = f"{PAPER} --rpt.estimator exact --rpt.rollouts 1"
+LIKELIHOOD = f"{EXACT} --rpt.pg-weight 0 --rpt.kl-weight 0 --rpt.ent-weight 0"
+STAGE_I = f"{LIKELIHOOD} --rpt.rep exits --rpt.ent-weight 0.1"
+VARIANTS = {  # their stage and its flags, on top of the track's
+    "base": ("pretrain", ""),
+    "next-token": ("rpt", f"{LIKELIHOOD} --rpt.rep last --rpt.rho 1"),
+    "next-token-hard": ("rpt", f"{LIKELIHOOD} --rpt.rep last"),
+    "stage-1": ("rpt", f"{STAGE_I} --rpt.rho 1"),
+    "stage-1-hard": ("rpt", STAGE_I),
+    "stage-2": ("gate", ""),
+    "sampled": ("rpt", PAPER),
+    "exact": ("rpt", EXACT),
+    "gate-only": ("rpt", f"{EXACT} --rpt.rep-weight 0 --rpt.gate-only"),
+    "rep-only": ("rpt", f"{EXACT} --rpt.pg-weight 0"),
+    "no-rep-no-entropy": ("rpt", f"{EXACT} --rpt.rep-weight 0 --rpt.ent-weight 0"),
+    "no-selection": ("rpt", f"{EXACT} --rpt.rho 1"),
+    "no-noise": ("rpt", f"{EXACT} --rpt.noise-std 0"),
+    "no-kl": ("rpt", f"{EXACT} --rpt.kl-weight 0"),
+    "no-price": ("rpt", f"{EXACT} --rpt.lambda-base 0"),
+    "full-kl": ("rpt", f"{EXACT} --rpt.kl full --rpt.kl-weight 0.1"),
+    "gain": ("rpt", f"{EXACT} --rpt.select gain"),
+    "no-deviation": ("rpt", f"{PAPER} --rpt.no-normalize"),
+    "looprpt": ("rpt", ""),
+}
+CONTROLS = ("base", "next-token", "stage-1", "stage-2", "sampled", "exact")  # what each variant is set against
+TEXT = "--data.path {0}/train.jsonl --data.val {0}/val.jsonl --data.tokenizer {0}/tokenizer.json --data.length 512"
+TRACKS = {  # flags of all runs
+    "demo": "",
+    "text": f"{TEXT} --model.layers 2 --model.width 192 --train.batch 16 --precision bf16 --train.compile on "
+    "--pretrain.steps 800 --rpt.steps 100 --gate.steps 100",
+    "gpu": f"{TEXT} --model.layers 4 --model.width 768 --model.heads 12 --train.batch 64 --pretrain.steps 2000 "
+    "--pretrain.lr 1e-3 --rpt.steps 200 --rpt.lr 3e-4 --gate.steps 200",
+}
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Train a base for each seed and every variant from it, and score them all on text that nothing was chosen by.
+    A file of results for each; what is there already is not done again."""
+
+    track: Literal["demo", "text", "gpu"] = "demo"  # the built-in task, text on two cores, text on a GPU
+    seeds: int = 3  # number of bases
+    only: tuple[str, ...] = ()  # of the variants (none: all)
+    texts: Path = Path("../shared/data")  # folder of gsm8k_{train,test_1019}.jsonl and omni_{train,val}.jsonl
+    out: Path | None = None  # folder of the runs (none: out/study-TRACK)
+    results: Path | None = None  # folder of the files of results (none: results/TRACK, beside this program)
+    flags: str = ""  # more flags of looprpt.py, for every run
+    device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
+
+    def check(self) -> None:
+        """Raise UserError for a value outside its range."""
+        if self.seeds < 1:
+            raise UserError(f"--seeds {self.seeds} is below 1: give a positive number")
+        if unknown := [name for name in self.only if name not in VARIANTS]:
+            raise UserError(f"--only {' '.join(unknown)}: no such variant, the variants are {', '.join(VARIANTS)}")
+        if self.track != "demo" and not (self.texts / "gsm8k_train.jsonl").is_file():
+            raise UserError(f"--texts {self.texts} has no gsm8k_train.jsonl: give the folder that has the four files")
+
+
+def gather_texts(texts: Path, folder: Path) -> None:
+    """The files of a track: what is trained on, what is chosen by, what is reported, and a tokenizer of the first."""
+    sources = {"train": ("gsm8k_train", "omni_train"), "val": ("omni_val",), "test": ("gsm8k_test_1019",)}
+    for name, files in sources.items():
+        pairs = [pair for file in files for pair in data.read(texts / f"{file}.jsonl")]
+        lines = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs]
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    if not (folder / "tokenizer.json").exists():
+        data.train_tokenizer(folder / "train.jsonl", 2048, folder / "tokenizer.json")
+
+
+def study() -> None:
+    """`python eval.py study`: see StudyConfig."""
+    import looprpt
+
+    config = tyro.cli(StudyConfig, args=sys.argv[2:], prog="eval.py study")
+    config.check()
+    folder = config.out or Path("out") / f"study-{config.track}"
+    results = config.results or Path(__file__).parent / "results" / config.track
+    make_folder(folder)
+    make_folder(results)
+    if config.track != "demo":
+        gather_texts(config.texts, folder)
+    device, precision = pick_device(config.device), "bf16" if config.track == "text" else "auto"
+    names = [name for name in VARIANTS if name == "base" or name in config.only or not config.only]
+    tallies: dict[tuple[str, int, str], Tally] = {}
+    for seed in range(config.seeds):
+        first = None
+        for name in names:
+            stage, flags = VARIANTS[name]
+            run, base = folder / f"seed-{seed}" / name, folder / f"seed-{seed}" / "base"
+            start = "" if name == "base" else f"--init {base / 'base'}"
+            shared = f"{TRACKS[config.track].format(folder)} {config.flags} --seed {seed} --device {config.device}"
+            command = f"looprpt.py --objective {stage} {start} {shared} {flags} --out {run}"
+            checkpoint = run / looprpt.FOLDER[stage]
+            if not checkpoint.exists():
+                console.rule(f"seed {seed}, {name}")
+                sys.argv = shlex.split(command) + ["--resume"] * (run / "run.json").exists()
+                looprpt.main()
+            net, source = model.load(checkpoint, device), held_out(config.track, folder, checkpoint)
+            s = score(net, source, device=device, precision=precision)
+            first = first or s
+            sets = buckets(first)
+            for bucket in ("all", "hard"):
+                tallies[name, seed, bucket] = tally(s, sets[bucket])
+            found = {bucket: summary(s, tokens) for bucket, tokens in sets.items()}
+            log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            every = max(1, len(log) // 50)
+            curve = [{k: now[k] for k in ("step", "loss", "loops")} for now in log[every - 1 :: every]]
+            what = {"track": config.track, "variant": name, "seed": seed, "command": f"python {command}"}
+            write(results / f"{name}-{seed}.json", what | {"buckets": found, "training": curve} | provenance(device))
+    against = {
+        bucket: {
+            f"{name} - {control}": compare(
+                [(tallies[name, s, bucket], tallies[control, s, bucket]) for s in range(config.seeds)]
+            )
+            for name in names
+            for control in CONTROLS
+            if control in names and control != name
+        }
+        for bucket in ("all", "hard")
+    }
+    write(
+        results / "against.json",
+        {"track": config.track, "seeds": config.seeds, "against": against} | provenance(device),
+    )
+
+
+def held_out(track: str, folder: Path, checkpoint: Path) -> Chain | Documents:
+    """The rows that a track reports on."""
+    config = DataConfig() if track == "demo" else DataConfig(path=folder / "test.jsonl")
+    rows = data.encode(config.path, data.pick_tokenizer(config, checkpoint), config)[0] if config.path else None
+    return data.source(rows, config, batch=EvalConfig.batch, seed="study", held_out=True)
+
+
+def write(path: Path, found: dict) -> None:
+    """As JSON, numbers with five digits, whole or not at all."""
+
+    def short(x):
+        if isinstance(x, dict):
+            return {name: short(value) for name, value in x.items()}
+        if isinstance(x, list):
+            return [short(value) for value in x]
+        return float(f"{x:.5g}") if isinstance(x, float) else x
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(short(found)) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["harness"]:
         return harness()
+    if sys.argv[1:2] == ["study"]:
+        return study()
     config = tyro.cli(EvalConfig, description=__doc__)
     config.check()
     if config.out:

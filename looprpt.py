@@ -123,17 +123,25 @@ class RPTConfig:
     lr: float = 1e-3  # peak learning rate
     estimator: Literal["sampled", "exact"] = "exact"  # draw an exit per rollout (the paper), or take the expectation
     rollouts: int = 1  # G, noisy latent rollouts (the paper: 8, with the sampled estimator)
-    noise_std: float = 0.1  # standard deviation of the noise on the state fed to the next loop
+    noise_std: float = 0.1  # standard deviation of the noise on the state fed to the next loop (0: no pass of its own)
+    normalize: bool = True  # divide the sampled advantages by their standard deviation
     reward: Literal["clean", "rollout"] = "clean"  # from the clean pass (the paper), or recomputed on each rollout
     kl: Literal["k3", "full"] = "k3"  # at the gold token (the paper), or over the vocabulary
     rho: float = 0.2  # share of the counted tokens of a row that are hard
+    select: Literal["entropy", "gain"] = (
+        "entropy"  # hard for the teacher, or gaining most from its first loop to its last
+    )
     tau: float = 0.5  # cumulative exit probability at which the teacher leaves
     lambda_base: float = 0.02  # price of a loop, nats
     lambda_scale: float = 0.5  # how much dearer a loop is on an easy token
     pg_weight: float = 1.0  # weight of the policy loss
+    rep: Literal["reward", "exits", "last"] = "reward"  # its loops: those that pay, Stage I's, or the last alone
     rep_weight: float = 1.0  # weight of the representation loss
+    floor: float = 0.0  # share of its weight that all loops have alike
+    distill_weight: float = 0.0  # weight of the KL from the last loop, held constant, to the earlier ones
     ent_weight: float = 0.01  # weight of the entropy bonus
     kl_weight: float = 1e-4  # weight of the KL to the teacher
+    gate_only: bool = False  # the backbone stays as it is
     ema: float = 0.995  # how much of itself the teacher keeps at each step
     weight_decay: float = 0.01  # of the matrices
 
@@ -194,10 +202,10 @@ class Config:
             ("1 or more", 1, math.inf, "train.save_every train.keep train.max_bad_steps train.timeout"),
             ("0 or more", 0, math.inf, "train.micro_batch pretrain.beta pretrain.weight_decay rpt.weight_decay"),
             ("0 or more", 0, math.inf, "rpt.noise_std rpt.lambda_base rpt.lambda_scale"),
-            ("0 or more", 0, math.inf, "rpt.pg_weight rpt.rep_weight rpt.ent_weight rpt.kl_weight"),
+            ("0 or more", 0, math.inf, "rpt.pg_weight rpt.rep_weight rpt.ent_weight rpt.kl_weight rpt.distill_weight"),
             ("above 0", 1e-30, math.inf, "train.clip pretrain.lr gate.lr rpt.lr"),
             ("above 0, at most 1", 1e-30, 1, "rpt.rho rpt.tau"),
-            ("from 0 to 1", 0, 1, "train.warmup rpt.ema"),
+            ("from 0 to 1", 0, 1, "train.warmup rpt.ema rpt.floor"),
         ):
             for name in names.split():
                 group, leaf = name.split(".")
@@ -216,23 +224,25 @@ def logp_of(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, index).squeeze(-1)
 
 
-def in_chunks(f: Callable[..., Tensor], *parts: Tensor, words: int) -> Tensor:
+def in_chunks(f: Callable[..., tuple[Tensor, ...]], *parts: Tensor, words: int) -> tuple[Tensor, ...]:
     """f over slices of its arguments, so that no more than a slice's logits are there at once. If all of them together
-    are more than KEPT, the backward pass makes them again, a slice at a time.    N ... -> N ...
+    are more than KEPT, the backward pass makes them again, a slice at a time.    N ... -> N ..., ...
 
     words  logits of one token: L V, or V
     """
     size = max(1, (KEPT if parts[0].is_cuda else SLICE) // words)
     slices = zip(*(part.split(size) for part in parts), strict=True)
     if len(parts[0]) * words <= KEPT:
-        return torch.cat([f(*s) for s in slices])
-    return torch.cat([checkpoint(f, *s, use_reentrant=False, preserve_rng_state=False) for s in slices])
+        found = [f(*s) for s in slices]
+    else:
+        found = [checkpoint(f, *s, use_reentrant=False, preserve_rng_state=False) for s in slices]
+    return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
 def gold_logp(net: LoopedTransformer, hidden: Tensor, targets: Tensor) -> Tensor:
     """Log-probability of the gold token after each loop, its logits in slices.    N L D, N -> N L"""
     words = hidden.shape[1] * net.config.vocab_size
-    return in_chunks(lambda h, target: logp_of(net.logits(h), target), hidden, targets, words=words)
+    return in_chunks(lambda h, target: (logp_of(net.logits(h), target),), hidden, targets, words=words)[0]
 
 
 def entropy_of(logits: Tensor) -> Tensor:
@@ -284,10 +294,11 @@ def draw_exits(logpi: Tensor, generator: torch.Generator | None) -> Tensor:
     return (logpi[..., :-1].exp().cumsum(-1) <= drawn).sum(-1)
 
 
-def sampled_policy_loss(rollout_logpi: Tensor, exits: Tensor, reward: Tensor) -> Tensor:
+def sampled_policy_loss(rollout_logpi: Tensor, exits: Tensor, reward: Tensor, normalize: bool = True) -> Tensor:
     """The paper's policy gradient: a drawn exit against the token's other rollouts.    N G L, N G, N G L -> N    (7)"""
     index = exits[..., None]  # N G 1
-    advantage = standardized(reward.gather(-1, index).squeeze(-1))  # N G
+    earned = reward.gather(-1, index).squeeze(-1)  # N G
+    advantage = standardized(earned) if normalize else earned - earned.mean(-1, keepdim=True)  # N G
     return -(advantage.detach() * rollout_logpi.gather(-1, index).squeeze(-1)).mean(-1)
 
 
@@ -302,10 +313,23 @@ def exact_policy_loss(rollout_logpi: Tensor, reward: Tensor) -> Tensor:
     return -(pi * advantage.detach()).sum(-1).mean(-1)
 
 
-def representation_loss(logp: Tensor, logpi: Tensor, reward: Tensor) -> Tensor:
-    """Likelihood of the gold token, weighted to the loops that pay.    N L, N L, N L -> N    (step 8)"""
+def representation_loss(logp: Tensor, logpi: Tensor, reward: Tensor, floor: float = 0.0) -> Tensor:
+    """Likelihood of the gold token, weighted to the loops that pay.    N L, N L, N L -> N    (step 8)
+
+    floor  share of the weight that is the last loop's alone (0: the paper)
+    """
     weights = logpi.exp() * (1 + standardized(reward).relu())  # N L
-    return -(weights.detach() * logp).sum(-1)
+    return -(1 - floor) * (weights.detach() * logp).sum(-1) - floor * logp[:, -1]
+
+
+def distillation(logits: Tensor) -> Tensor:
+    """KL(last loop || earlier loop) over the vocabulary, averaged over the earlier ones.    N L V -> N
+
+    The last loop is held constant: the earlier ones learn from it, and it doesn't stoop to them.
+    """
+    logp = logits.log_softmax(-1)
+    last = logp[:, -1:].detach()
+    return (last.exp() * (last - logp[:, :-1])).sum(-1).mean(-1)
 
 
 def k3_kl(logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -417,10 +441,16 @@ def rpt_step(
         where = places(batch.mask, device)
         entropy = torch.full_like(teacher_gate[..., 0], -math.inf)  # B T
         last = teacher_hidden[:, :, -1].flatten(0, 1)[where]
-        entropy.view(-1)[where] = in_chunks(lambda h: entropy_of(teacher.logits(h)), last, words=vocab)
+        (entropy.view(-1)[where],) = in_chunks(lambda h: (entropy_of(teacher.logits(h)),), last, words=vocab)
 
         # 2 Hard tokens: from here on, N of them are all that reaches the vocabulary
-        chosen = hard_tokens(entropy, put(batch.mask, device), cfg.rho).flatten().nonzero_static(size=n)[:, 0]  # N
+        score = entropy
+        if cfg.select == "gain":
+            ends = teacher_hidden[:, :, :: max(1, n_loops - 1)].flatten(0, 1)[where]  # N 2 D
+            logp = gold_logp(teacher, ends, batch.targets.flatten()[where])  # N 2
+            score = entropy.clone()
+            score.view(-1)[where] = logp[:, -1] - logp[:, 0]
+        chosen = hard_tokens(score, put(batch.mask, device), cfg.rho).flatten().nonzero_static(size=n)[:, 0]  # N
 
         def hard(x: Tensor) -> Tensor:  # B T ... -> N ...
             return x.flatten(0, 1)[chosen]
@@ -433,8 +463,16 @@ def rpt_step(
 
     # 4 Student, clean pass
     out = student(batch.inputs)
-    hidden = hard(out.hidden)  # N L D
-    logp, logpi = gold_logp(student, hidden, targets), exit_logpdf(hard(out.gate))  # N L, N L
+    hidden, logpi = hard(out.hidden), exit_logpdf(hard(out.gate))  # N L D, N L
+
+    def at_words(h: Tensor, target: Tensor, teacher_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = student.logits(h)  # n L V
+        logp = logp_of(logits, target)
+        shallow = distillation(logits) if cfg.distill_weight else torch.zeros_like(logp[:, 0])
+        away = full_kl(logits, teacher.logits(teacher_h)) if cfg.kl == "full" else torch.zeros_like(logp[:, 0])
+        return logp, shallow, away
+
+    logp, shallow, away = in_chunks(at_words, hidden, targets, teacher_hidden, words=n_loops * vocab)  # N L, N, N
 
     # 5 Reward of leaving after each loop
     price = time_price(entropy, vocab, cfg.lambda_base, cfg.lambda_scale)  # N
@@ -442,15 +480,18 @@ def rpt_step(
 
     # 6 Noisy latent rollouts: loop 1 is the clean pass's, and the last loop's gate is never used
     noise = {"noise_std": cfg.noise_std, "generator": generator}
-    states = [repeat(out.hidden[:, :, :1], "b t l d -> (b g) t l d", g=cfg.rollouts)]
-    gates = [repeat(out.gate[:, :, :1], "b t l -> (b g) t l", g=cfg.rollouts)]
-    if n_loops > 2:
-        rollout = student(states[0][:, :, 0], loops=n_loops - 2, **noise)
-        states, gates = [*states, rollout.hidden], [*gates, rollout.gate]
-    gate = F.pad(torch.cat(gates, -1), (0, 1))  # (b g) T L
-    rollout_logpi = exit_logpdf(hard(rearrange(gate, "(b g) t l -> b t g l", g=cfg.rollouts)))  # N G L
+    noisy_pass = bool(cfg.noise_std and cfg.pg_weight)  # else they are the clean pass
+    rollout_logpi = repeat(logpi, "n l -> n g l", g=cfg.rollouts)
     rollout_reward = repeat(reward, "n l -> n g l", g=cfg.rollouts)
-    if cfg.reward == "rollout":
+    if noisy_pass:
+        states = [repeat(out.hidden[:, :, :1], "b t l d -> (b g) t l d", g=cfg.rollouts)]
+        gates = [repeat(out.gate[:, :, :1], "b t l -> (b g) t l", g=cfg.rollouts)]
+        if n_loops > 2:
+            rollout = student(states[0][:, :, 0], loops=n_loops - 2, **noise)
+            states, gates = [*states, rollout.hidden], [*gates, rollout.gate]
+        gate = F.pad(torch.cat(gates, -1), (0, 1))  # (b g) T L
+        rollout_logpi = exit_logpdf(hard(rearrange(gate, "(b g) t l -> b t g l", g=cfg.rollouts)))  # N G L
+    if noisy_pass and cfg.reward == "rollout":
         with torch.no_grad():
             states.append(student(states[-1][:, :, -1], loops=1, **noise).hidden)
             noisy = hard(rearrange(torch.cat(states, 2), "(b g) t l d -> b t g l d", g=cfg.rollouts))
@@ -462,25 +503,25 @@ def rpt_step(
     # 7 Policy
     if cfg.estimator == "sampled":
         exits = draw_exits(rollout_logpi.detach(), generator)  # N G
-        pg = sampled_policy_loss(rollout_logpi, exits, rollout_reward)
+        pg = sampled_policy_loss(rollout_logpi, exits, rollout_reward, cfg.normalize)
         earned = rollout_reward.gather(-1, exits[..., None]).squeeze(-1)  # N G
     else:
         pg = exact_policy_loss(rollout_logpi, rollout_reward)
         earned = (rollout_logpi.detach().exp() * rollout_reward).sum(-1)  # N G
 
     # 8 Representation   9 Entropy bonus   10 KL to the teacher
-    rep = representation_loss(logp, logpi, reward)
-    ent = (logpi.exp() * logpi).sum(-1)
-    if cfg.kl == "k3":
-        kl = k3_kl(logp, teacher_logp)
+    if cfg.rep == "reward":
+        rep = representation_loss(logp, logpi, reward, cfg.floor)
     else:
-        parts, words = (hidden, teacher_hidden), n_loops * vocab
-        kl = in_chunks(lambda h, r: full_kl(student.logits(h), teacher.logits(r)), *parts, words=words)
+        rep = -logp[:, -1] if cfg.rep == "last" else -(logpi.exp() * logp).sum(-1)
+        rep = (1 - cfg.floor) * rep - cfg.floor * logp[:, -1]
+    ent = (logpi.exp() * logpi).sum(-1)
+    kl = k3_kl(logp, teacher_logp) if cfg.kl == "k3" else away
 
     # 11 Total: means over the hard tokens of the global batch (each term is N)
-    terms = {"pg": pg, "rep": rep, "ent": ent, "kl": kl, "reward": earned.mean(-1)}
+    terms = {"pg": pg, "rep": rep, "ent": ent, "kl": kl, "distill": shallow, "reward": earned.mean(-1)}
     mean = {name: term.sum() / counts.hard for name, term in terms.items()}
-    loss = cfg.pg_weight * mean["pg"] + cfg.rep_weight * mean["rep"]
+    loss = cfg.pg_weight * mean["pg"] + cfg.rep_weight * mean["rep"] + cfg.distill_weight * mean["distill"]
     loss = loss + cfg.ent_weight * mean["ent"] + cfg.kl_weight * mean["kl"]
     measured = {"loss": loss} | mean | exits_of(hard(out.gate), counts.hard)
     return Loss(loss, {name: value.detach() for name, value in measured.items()})
@@ -489,7 +530,7 @@ def rpt_step(
 MEASURED = {
     "pretrain": ("loss", "last_ce", "loops", "entropy", "saturation"),
     "gate": ("loss", "loops", "entropy", "saturation"),
-    "rpt": ("loss", "pg", "rep", "ent", "kl", "reward", "loops", "entropy", "saturation"),
+    "rpt": ("loss", "pg", "rep", "ent", "kl", "distill", "reward", "loops", "entropy", "saturation"),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,7 +574,8 @@ def begin(
         if net and (config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)):
             net.compile()
     student = spread(student)
-    trained = student.early_exit_gate if stage == "gate" else student
+    gate_only = stage == "gate" or (stage == "rpt" and config.rpt.gate_only)
+    trained = student.early_exit_gate if gate_only else student
     return Run(stage, student, teacher, optimizer_for(trained, cfg.lr, getattr(cfg, "weight_decay", 0.0)))
 
 
