@@ -11,9 +11,10 @@ import contextlib
 import json
 import math
 import shlex
+import statistics
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -788,11 +789,160 @@ def write(path: Path, found: dict) -> None:
     temporary.replace(path)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and pictures of a study, from its files alone
+
+LABELS = {
+    "base": "base",
+    "next-token": "next token",
+    "stage-1": "Stage I",
+    "stage-2": "Stage II",
+    "sampled": "LoopRPT, sampled",
+    "exact": "LoopRPT, exact",
+    "looprpt": "looprpt",
+}
+
+
+def load_study(paths: Sequence[Path]) -> tuple[dict[str, list[dict]], dict]:
+    """The runs of each variant, in the order of VARIANTS, and the intervals. Raises UserError for a file of neither."""
+    runs: dict[str, list[dict]] = {}
+    against: dict = {}
+    for path in paths:
+        found = model.read_json(path)
+        if "variant" in found:
+            runs.setdefault(found["variant"], []).append(found)
+        elif "against" in found:
+            against = found["against"]
+        else:
+            raise UserError(f"{path} is no result of `eval.py study`: give the files of one results folder")
+    if not runs:
+        raise UserError("no results of `eval.py study` were given: python eval.py table results/demo/*.json")
+    return {name: runs[name] for name in VARIANTS if name in runs}, against
+
+
+def study_table(paths: Sequence[Path], bucket: str = "all") -> str:
+    """Markdown: mean and standard deviation over the seeds, and what the gate's exits at 0.5 gain at the same number of
+    loops over Stage I's curve, with its interval."""
+    runs, against = load_study(paths)
+    loops = len(next(iter(runs.values()))[0]["buckets"][bucket]["by_loop"])
+    heads = ["", *(f"loop {i + 1}" for i in range(loops)), "q = 0.5", "loops there", "area", "beside Stage I"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+
+    def cell(values: list[float], digits: int) -> str:
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    for name, found in runs.items():
+        parts = [run["buckets"][bucket] for run in found]
+        half = [next(p for p in part["sweep"] if p["threshold"] == 0.5) for part in parts]
+        cells = [cell([100 * part["by_loop"][i] for part in parts], 1) for i in range(loops)]
+        cells += [cell([100 * p["accuracy"] for p in half], 1), cell([p["loops"] for p in half], 2)]
+        cells.append(cell([100 * part["area"]["gate"] for part in parts], 1))
+        interval = against.get(bucket, {}).get(f"{name} - stage-1", {}).get("matched gate")
+        gain = "" if interval is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * x for x in interval))
+        lines.append("| " + " | ".join([LABELS.get(name, name), *cells, gain]) + " |")
+    return "\n".join(lines)
+
+
+def table(files: Annotated[tuple[Path, ...], tyro.conf.Positional], bucket: str = "all") -> None:
+    """The README's tables, as Markdown, from the files of a study.
+
+    Args:
+        files: what `eval.py study` wrote.
+        bucket: all, easy, medium or hard.
+    """
+    print(study_table(files, bucket))
+
+
+STYLES = {  # colours that differ for everybody, and marks that differ in print
+    "base": ("#000000", "o", "-"),
+    "next-token": ("#999999", "v", ":"),
+    "stage-1": ("#0072B2", "s", "--"),
+    "stage-2": ("#56B4E9", "D", "-."),
+    "sampled": ("#E69F00", "^", "--"),
+    "exact": ("#009E73", "P", "-."),
+    "looprpt": ("#D55E00", "*", "-"),
+}
+
+
+def plot(
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path = Path("assets"), bucket: str = "all"
+) -> None:
+    """Four pictures of a study: accuracy over average loops, accuracy by loop, where tokens leave, and training.
+
+    Args:
+        files: what `eval.py study` wrote.
+        out: folder of the pictures.
+        bucket: all, easy, medium or hard.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs, _ = load_study(files)
+    runs = {name: found for name, found in runs.items() if name in STYLES}
+    make_folder(out)
+    track = next(iter(runs.values()))[0]["track"]
+
+    def mean(values: list) -> Tensor:
+        return torch.tensor(values).mean(0)
+
+    def picture(name: str, xlabel: str, ylabel: str, draw: Callable) -> None:
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        for variant, found in runs.items():
+            colour, mark, line = STYLES[variant]
+            parts = [run["buckets"][bucket] for run in found]
+            draw(axes, found, parts, {"color": colour, "marker": mark, "linestyle": line, "label": LABELS[variant]})
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+        figure.savefig(out / f"{track}-{name}.png", dpi=150)
+        pyplot.close(figure)
+        console.print(out / f"{track}-{name}.png")
+
+    def pareto(axes, found, parts, style) -> None:
+        x, y = mean([part["curves"]["gate"] for part in parts]).T
+        axes.plot(x, 100 * y, markersize=3, **style)
+        half = mean(
+            [next([p["loops"], p["accuracy"]] for p in part["sweep"] if p["threshold"] == 0.5) for part in parts]
+        )
+        axes.plot(half[0], 100 * half[1], markersize=10, **style | {"label": None})
+
+    def by_loop(axes, found, parts, style) -> None:
+        y = mean([part["by_loop"] for part in parts])
+        axes.plot(range(1, len(y) + 1), 100 * y, **style)
+        axes.set_xticks(range(1, len(y) + 1))
+
+    def leave(axes, found, parts, style) -> None:
+        y = mean([[e["share"] for e in part["exits"]] for part in parts])
+        axes.plot(range(1, len(y) + 1), 100 * y, **style)
+        axes.set_xticks(range(1, len(y) + 1))
+
+    def training(axes, found, parts, style) -> None:
+        steps = [now["step"] for now in found[0]["training"]]
+        if found[0]["variant"] != "base":
+            axes.plot(steps, mean([[now["loops"] for now in run["training"]] for run in found]), markersize=3, **style)
+
+    picture("pareto", "average loops", f"accuracy in %, {bucket} tokens", pareto)
+    picture("by-loop", "loop", f"accuracy in %, {bucket} tokens", by_loop)
+    picture("exits", "loop", "tokens that leave after it, in %, threshold 0.5", leave)
+    picture("training", "step", "average loops in training", training)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["harness"]:
         return harness()
     if sys.argv[1:2] == ["study"]:
         return study()
+    if sys.argv[1:2] == ["table"]:
+        return tyro.cli(table, args=sys.argv[2:], prog="eval.py table")
+    if sys.argv[1:2] == ["plot"]:
+        return tyro.cli(plot, args=sys.argv[2:], prog="eval.py plot")
     config = tyro.cli(EvalConfig, description=__doc__)
     config.check()
     if config.out:
