@@ -10,7 +10,6 @@ A token counts as right if its logit is the largest. Tokens are sorted into buck
 import contextlib
 import json
 import math
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -636,21 +636,17 @@ def harness() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The study: every control and every ablation from one base, with the same rows and steps
 
-PAPER = (
-    "--rpt.estimator sampled --rpt.rollouts 8 --rpt.noise-std 0.1 --rpt.rho 0.2 --rpt.rep reward --rpt.floor 0 "
-    "--rpt.distill-weight 0 --rpt.kl k3 --rpt.kl-weight 1e-4 --rpt.ent-weight 0.01 --rpt.lambda-base 0.02"
-)
-EXACT = f"{PAPER} --rpt.estimator exact --rpt.rollouts 1"
-LIKELIHOOD = f"{EXACT} --rpt.pg-weight 0 --rpt.kl-weight 0 --rpt.ent-weight 0"
-STAGE_I = f"{LIKELIHOOD} --rpt.rep exits --rpt.ent-weight 0.1"
+EXACT = "--paper --rpt.estimator exact --rpt.rollouts 1"
+NEXT_TOKEN = f"{EXACT} --rpt.loops last --rpt.pg-weight 0 --rpt.kl-weight 0 --rpt.ent-weight 0"
+STAGE_I = f"{EXACT} --rpt.loops exits --rpt.noise-std 0 --rpt.lambda-base 0 --rpt.kl-weight 0 --rpt.ent-weight 0.1"
 VARIANTS = {  # their stage and its flags, on top of the track's
     "base": ("pretrain", ""),
-    "next-token": ("rpt", f"{LIKELIHOOD} --rpt.rep last --rpt.rho 1"),
-    "next-token-hard": ("rpt", f"{LIKELIHOOD} --rpt.rep last"),
+    "next-token": ("rpt", f"{NEXT_TOKEN} --rpt.rho 1"),
+    "next-token-hard": ("rpt", NEXT_TOKEN),
     "stage-1": ("rpt", f"{STAGE_I} --rpt.rho 1"),
     "stage-1-hard": ("rpt", STAGE_I),
     "stage-2": ("gate", ""),
-    "sampled": ("rpt", PAPER),
+    "sampled": ("rpt", "--paper"),
     "exact": ("rpt", EXACT),
     "gate-only": ("rpt", f"{EXACT} --rpt.rep-weight 0 --rpt.gate-only"),
     "rep-only": ("rpt", f"{EXACT} --rpt.pg-weight 0"),
@@ -661,33 +657,41 @@ VARIANTS = {  # their stage and its flags, on top of the track's
     "no-price": ("rpt", f"{EXACT} --rpt.lambda-base 0"),
     "full-kl": ("rpt", f"{EXACT} --rpt.kl full --rpt.kl-weight 0.1"),
     "gain": ("rpt", f"{EXACT} --rpt.select gain"),
-    "no-deviation": ("rpt", f"{PAPER} --rpt.no-normalize"),
+    "no-deviation": ("rpt", "--paper --rpt.no-normalize"),
     "looprpt": ("rpt", ""),
 }
-CONTROLS = ("base", "next-token", "stage-1", "stage-2", "sampled", "exact")  # what each variant is set against
-TEXT = "--data.path {0}/train.jsonl --data.val {0}/val.jsonl --data.tokenizer {0}/tokenizer.json --data.length 512"
+TEXT = "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json"
 TRACKS = {  # flags of all runs
     "demo": "",
-    "text": f"{TEXT} --model.layers 2 --model.width 192 --train.batch 16 --precision bf16 --train.compile on "
-    "--pretrain.steps 800 --rpt.steps 100 --gate.steps 100",
-    "gpu": f"{TEXT} --model.layers 4 --model.width 768 --model.heads 12 --train.batch 64 --pretrain.steps 2000 "
-    "--pretrain.lr 1e-3 --rpt.steps 200 --rpt.lr 3e-4 --gate.steps 200",
+    "text": f"{TEXT} --data.length 256 --model.layers 2 --model.width 192 --train.batch 8 --precision bf16 "
+    "--train.compile on --pretrain.steps 2000 --rpt.steps 200 --gate.steps 200",
+    "gpu": f"{TEXT} --data.length 512 --model.layers 4 --model.width 768 --model.heads 12 --train.batch 64 "
+    "--pretrain.steps 2000 --pretrain.lr 1e-3 --rpt.steps 200 --rpt.lr 3e-4 --gate.steps 200",
+}
+FILES = {  # of a track of text, from --texts
+    "text": {"train": ("gsm8k_train", "omni_train"), "test": ("gsm8k_test_1019",)},
+    "gpu": {"train": ("gsm8k_train", "omni_train", "books_train"), "test": ("gsm8k_test_1019",)},
 }
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Train a base for each seed and every variant from it, and score them all on text that nothing was chosen by.
+    """Train a base for each seed and every variant from it, and score them all on rows that nothing was chosen by.
     A file of results for each; what is there already is not done again."""
 
     track: Literal["demo", "text", "gpu"] = "demo"  # the built-in task, text on two cores, text on a GPU
     seeds: int = 3  # number of bases
+    start: int = 0  # the first one's seed; several processes can share a study, each with seeds of its own
     only: tuple[str, ...] = ()  # of the variants (none: all)
-    texts: Path = Path("../shared/data")  # folder of gsm8k_{train,test_1019}.jsonl and omni_{train,val}.jsonl
+    texts: Path = Path("../shared/data")  # folder of gsm8k_train, gsm8k_test_1019 and omni_train, all .jsonl
     out: Path | None = None  # folder of the runs (none: out/study-TRACK)
-    results: Path | None = None  # folder of the files of results (none: results/TRACK, beside this program)
-    flags: str = ""  # more flags of looprpt.py, for every run
+    results: Path | None = None  # folder of the files of results (none: results/TRACK)
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
+
+    @property
+    def of(self) -> range:
+        """The seeds."""
+        return range(self.start, self.start + self.seeds)
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
@@ -695,92 +699,127 @@ class StudyConfig:
             raise UserError(f"--seeds {self.seeds} is below 1: give a positive number")
         if unknown := [name for name in self.only if name not in VARIANTS]:
             raise UserError(f"--only {' '.join(unknown)}: no such variant, the variants are {', '.join(VARIANTS)}")
-        if self.track != "demo" and not (self.texts / "gsm8k_train.jsonl").is_file():
-            raise UserError(f"--texts {self.texts} has no gsm8k_train.jsonl: give the folder that has the four files")
-
-
-def gather_texts(texts: Path, folder: Path) -> None:
-    """The files of a track: what is trained on, what is chosen by, what is reported, and a tokenizer of the first."""
-    sources = {"train": ("gsm8k_train", "omni_train"), "val": ("omni_val",), "test": ("gsm8k_test_1019",)}
-    for name, files in sources.items():
-        pairs = [pair for file in files for pair in data.read(texts / f"{file}.jsonl")]
-        lines = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs]
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    if not (folder / "tokenizer.json").exists():
-        data.train_tokenizer(folder / "train.jsonl", 2048, folder / "tokenizer.json")
 
 
 def study() -> None:
     """`python eval.py study`: see StudyConfig."""
-    import looprpt
-
     config = tyro.cli(StudyConfig, args=sys.argv[2:], prog="eval.py study")
     config.check()
     folder = config.out or Path("out") / f"study-{config.track}"
-    results = config.results or Path(__file__).parent / "results" / config.track
+    results = config.results or Path("results") / config.track
     make_folder(folder)
     make_folder(results)
-    if config.track != "demo":
-        gather_texts(config.texts, folder)
-    device, precision = pick_device(config.device), "bf16" if config.track == "text" else "auto"
+    gather_texts(config, folder)
     names = [name for name in VARIANTS if name == "base" or name in config.only or not config.only]
-    tallies: dict[tuple[str, int, str], Tally] = {}
-    for seed in range(config.seeds):
+    for seed in config.of:
         first = None
         for name in names:
-            stage, flags = VARIANTS[name]
-            run, base = folder / f"seed-{seed}" / name, folder / f"seed-{seed}" / "base"
-            start = "" if name == "base" else f"--init {base / 'base'}"
-            shared = f"{TRACKS[config.track].format(folder)} {config.flags} --seed {seed} --device {config.device}"
-            command = f"looprpt.py --objective {stage} {start} {shared} {flags} --out {run}"
-            checkpoint = run / looprpt.FOLDER[stage]
-            if not checkpoint.exists():
-                console.rule(f"seed {seed}, {name}")
-                sys.argv = shlex.split(command) + ["--resume"] * (run / "run.json").exists()
-                looprpt.main()
-            net, source = model.load(checkpoint, device), held_out(config.track, folder, checkpoint)
-            s = score(net, source, device=device, precision=precision)
-            first = first or s
+            run, result = folder / f"seed-{seed}" / name, results / f"{name}-{seed}.json"
+            checkpoint = run / {"pretrain": "base", "gate": "gate", "rpt": "rpt"}[VARIANTS[name][0]]
+            if not checkpoint.exists() and not train_variant(config, folder, seed, name):
+                return
+            if result.exists() and (run / "tally.safetensors").exists():
+                continue
+            console.print(f"scoring {name}, seed {seed}")
+            first = first or score_variant(config, folder, folder / f"seed-{seed}" / "base" / "base")
+            s = first if name == "base" else score_variant(config, folder, checkpoint)
             sets = buckets(first)
-            for bucket in ("all", "hard"):
-                tallies[name, seed, bucket] = tally(s, sets[bucket])
-            found = {bucket: summary(s, tokens) for bucket, tokens in sets.items()}
+            sums = {f"{name}.{key}": x for name in SIDES for key, x in tally(s, sets[name])._asdict().items()}
+            save_file(sums, run / "tally.safetensors")
             log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
             every = max(1, len(log) // 50)
-            curve = [{k: now[k] for k in ("step", "loss", "loops")} for now in log[every - 1 :: every]]
-            what = {"track": config.track, "variant": name, "seed": seed, "command": f"python {command}"}
-            write(results / f"{name}-{seed}.json", what | {"buckets": found, "training": curve} | provenance(device))
-    against = {
-        bucket: {
-            f"{name} - {control}": compare(
-                [(tallies[name, s, bucket], tallies[control, s, bucket]) for s in range(config.seeds)]
+            write_result(
+                result,
+                {"track": config.track, "variant": name, "seed": seed}
+                | {"command": f"python looprpt.py {' '.join(command(config, folder, seed, name))}"}
+                | {"buckets": {name: summary(s, tokens) for name, tokens in sets.items()}}
+                | {"training": [{k: now[k] for k in ("step", "loss", "loops")} for now in log[every - 1 :: every]]}
+                | provenance(pick_device(config.device)),
             )
-            for name in names
-            for control in CONTROLS
-            if control in names and control != name
+    against(config, folder, results, names)
+
+
+def gather_texts(config: StudyConfig, folder: Path) -> None:
+    """The files of a track of text: what is trained on, what is reported, and a tokenizer learned from the first.
+
+    Raises UserError for a file that is not there.
+    """
+    for name, files in FILES.get(config.track, {}).items():
+        if not (folder / f"{name}.jsonl").exists():
+            pairs = [pair for file in files for pair in data.read(config.texts / f"{file}.jsonl")]
+            lines = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs]
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    if config.track in FILES and not (folder / "tokenizer.json").exists():
+        data.train_tokenizer(folder / "train.jsonl", 2048, folder / "tokenizer.json")
+
+
+def command(config: StudyConfig, folder: Path, seed: int, name: str) -> list[str]:
+    """Flags of looprpt.py for a run of the study."""
+    stage, flags = VARIANTS[name]
+    start = f"--init {folder / f'seed-{seed}' / 'base' / 'base'}" if name != "base" else ""
+    shared = f"{TRACKS[config.track].format(folder)} --seed {seed} --device {config.device}"
+    return f"--objective {stage} {start} {shared} {flags} --out {folder / f'seed-{seed}' / name}".split()
+
+
+def train_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> bool:
+    """One run, from its last state if it was cut off. False if somebody asked for an end."""
+    import looprpt
+
+    console.rule(f"{name}, seed {seed}")
+    flags = command(config, folder, seed, name)
+    if (folder / f"seed-{seed}" / name / "run.json").exists():
+        flags.append("--resume")
+    asked = looprpt.parse(flags)
+    asked.check()
+    tokenizer = data.pick_tokenizer(asked.data, asked.init)
+    rows, _, _ = data.split(asked.data, tokenizer, seed=seed)
+    with looprpt.stop_signals() as stop:
+        where = {"device": pick_device(config.device), "rank": 0, "world": 1}
+        done = looprpt.run_stages(asked, tokenizer, rows, stopping=lambda: bool(stop), **where)
+    return done is not None
+
+
+def score_variant(config: StudyConfig, folder: Path, checkpoint: Path) -> Scores:
+    """On the rows that the track reports on, in float32 on a CPU and bfloat16 on a GPU, as the track trains."""
+    rows, settings = None, DataConfig()
+    if config.track in FILES:
+        settings = DataConfig(path=folder / "test.jsonl")
+        rows, _ = data.encode(settings.path, data.pick_tokenizer(settings, checkpoint), settings)
+    source = data.source(rows, settings, batch=EvalConfig.batch, seed="study", held_out=True)
+    device = pick_device(config.device)
+    return score(model.load(checkpoint, device), source, device=device)
+
+
+SIDES = ("all", "hard")  # buckets on which variants are compared
+BESIDE = ("base", "stage-1", "exact")  # what every variant is compared with; the last one is compared with every other
+
+
+def against(config: StudyConfig, folder: Path, results: Path, names: Sequence[str]) -> None:
+    """Differences between variants, averaged over the seeds, with intervals from drawing documents."""
+
+    def tallies(name: str, bucket: str) -> list[Tally]:
+        files = (load_file(folder / f"seed-{seed}" / name / "tally.safetensors") for seed in config.of)
+        return [Tally(*(found[f"{bucket}.{key}"] for key in Tally._fields)) for found in files]
+
+    pairs = [(a, b) for a in names for b in names if a != b and (b in BESIDE or a == "looprpt")]
+    found = {
+        bucket: {
+            f"{a} - {b}": compare([*zip(tallies(a, bucket), tallies(b, bucket), strict=True)])
+            for a, b in track(pairs, bucket, console=console, transient=True, disable=not console.is_terminal)
         }
-        for bucket in ("all", "hard")
+        for bucket in SIDES
     }
-    write(
-        results / "against.json",
-        {"track": config.track, "seeds": config.seeds, "against": against} | provenance(device),
-    )
+    what = {"track": config.track, "seeds": [*config.of], "against": found}
+    write_result(results / "against.json", what | provenance(pick_device(config.device)))
 
 
-def held_out(track: str, folder: Path, checkpoint: Path) -> Chain | Documents:
-    """The rows that a track reports on."""
-    config = DataConfig() if track == "demo" else DataConfig(path=folder / "test.jsonl")
-    rows = data.encode(config.path, data.pick_tokenizer(config, checkpoint), config)[0] if config.path else None
-    return data.source(rows, config, batch=EvalConfig.batch, seed="study", held_out=True)
-
-
-def write(path: Path, found: dict) -> None:
+def write_result(path: Path, found: dict) -> None:
     """As JSON, numbers with five digits, whole or not at all."""
 
     def short(x):
         if isinstance(x, dict):
             return {name: short(value) for name, value in x.items()}
-        if isinstance(x, list):
+        if isinstance(x, list | tuple):
             return [short(value) for value in x]
         return float(f"{x:.5g}") if isinstance(x, float) else x
 

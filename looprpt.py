@@ -36,7 +36,7 @@ import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from datetime import timedelta
@@ -124,20 +124,20 @@ class RPTConfig:
     estimator: Literal["sampled", "exact"] = "exact"  # draw an exit per rollout (the paper), or take the expectation
     rollouts: int = 1  # G, noisy latent rollouts (the paper: 8, with the sampled estimator)
     noise_std: float = 0.1  # standard deviation of the noise on the state fed to the next loop (0: no pass of its own)
-    normalize: bool = True  # divide the sampled advantages by their standard deviation
+    normalize: bool = True  # divide the sampled advantages by their standard deviation (the paper)
     reward: Literal["clean", "rollout"] = "clean"  # from the clean pass (the paper), or recomputed on each rollout
     kl: Literal["k3", "full"] = "k3"  # at the gold token (the paper), or over the vocabulary
     rho: float = 0.2  # share of the counted tokens of a row that are hard
-    select: Literal["entropy", "gain"] = (
-        "entropy"  # hard for the teacher, or gaining most from its first loop to its last
-    )
+    select: Literal["entropy", "gain"] = "entropy"  # hard: the teacher unsure (the paper), or helped most by its loops
     tau: float = 0.5  # cumulative exit probability at which the teacher leaves
     lambda_base: float = 0.02  # price of a loop, nats
     lambda_scale: float = 0.5  # how much dearer a loop is on an easy token
     pg_weight: float = 1.0  # weight of the policy loss
-    rep: Literal["reward", "exits", "last"] = "reward"  # its loops: those that pay, Stage I's, or the last alone
     rep_weight: float = 1.0  # weight of the representation loss
-    floor: float = 0.0  # share of its weight that all loops have alike
+    loops: Literal["pay", "exits", "last"] = (
+        "pay"  # it trains those that pay (the paper), as visited, or the last alone
+    )
+    floor: float = 0.0  # share of it that the last loop has for itself
     distill_weight: float = 0.0  # weight of the KL from the last loop, held constant, to the earlier ones
     ent_weight: float = 0.01  # weight of the entropy bonus
     kl_weight: float = 1e-4  # weight of the KL to the teacher
@@ -146,6 +146,17 @@ class RPTConfig:
     weight_decay: float = 0.01  # of the matrices
 
 
+PAPER = RPTConfig(  # as published
+    estimator="sampled",
+    rollouts=8,
+    noise_std=0.1,
+    rho=0.2,
+    loops="pay",
+    floor=0.0,
+    distill_weight=0.0,
+    ent_weight=0.01,
+    kl_weight=1e-4,
+)
 Stage = Literal["pretrain", "gate", "rpt"]
 FOLDER = {"pretrain": "base", "gate": "gate", "rpt": "rpt"}  # where each stage's checkpoint goes, in --out
 
@@ -158,6 +169,7 @@ class Config:
     init: Path | None = None  # checkpoint folder to start from (none: random weights)
     out: Path | None = None  # folder of the run (none: out, or with --init out/NAME-STAGES)
     resume: bool = False  # go on with the run in that folder, with the flags it was started with
+    paper: bool = False  # the --rpt flags start from LoopRPT as published
     seed: int = 0  # of the weights, the rows and the noise
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
@@ -313,13 +325,19 @@ def exact_policy_loss(rollout_logpi: Tensor, reward: Tensor) -> Tensor:
     return -(pi * advantage.detach()).sum(-1).mean(-1)
 
 
-def representation_loss(logp: Tensor, logpi: Tensor, reward: Tensor, floor: float = 0.0) -> Tensor:
+def representation_loss(
+    logp: Tensor, logpi: Tensor, reward: Tensor, loops: Literal["pay", "exits", "last"] = "pay", floor: float = 0.0
+) -> Tensor:
     """Likelihood of the gold token, weighted to the loops that pay.    N L, N L, N L -> N    (step 8)
 
-    floor  share of the weight that is the last loop's alone (0: the paper)
+    loops  whose: those that pay, all as often as they are the exit (Stage I), or the last alone (next-token training)
+    floor  share of the loss that is the last loop's alone (0: the paper)
     """
-    weights = logpi.exp() * (1 + standardized(reward).relu())  # N L
-    return -(1 - floor) * (weights.detach() * logp).sum(-1) - floor * logp[:, -1]
+    weights = logpi.exp()  # N L
+    if loops == "pay":
+        weights = weights * (1 + standardized(reward).relu())
+    last = -logp[:, -1]
+    return torch.lerp(-(weights.detach() * logp).sum(-1), last, 1.0 if loops == "last" else floor)
 
 
 def distillation(logits: Tensor) -> Tensor:
@@ -396,6 +414,11 @@ def exits_of(gate: Tensor, count: float) -> dict[str, Tensor]:
 
 
 SATURATED = 6.2  # a gate's logit beyond which its sigmoid rounds to 0 or 1 in bfloat16
+
+
+def noisy(cfg: RPTConfig) -> bool:
+    """Whether rollouts need passes of their own: without noise they are the clean pass."""
+    return cfg.noise_std > 0 and cfg.pg_weight > 0
 
 
 def pretrain_step(student: LoopedTransformer, batch: Batch, cfg: PretrainConfig, *, counts: Counts) -> Loss:
@@ -479,11 +502,11 @@ def rpt_step(
     reward = exit_reward(logp, baseline, price, ref_loop)  # N L
 
     # 6 Noisy latent rollouts: loop 1 is the clean pass's, and the last loop's gate is never used
+    #   (without noise all of a rollout is the clean pass's)
     noise = {"noise_std": cfg.noise_std, "generator": generator}
-    noisy_pass = bool(cfg.noise_std and cfg.pg_weight)  # else they are the clean pass
     rollout_logpi = repeat(logpi, "n l -> n g l", g=cfg.rollouts)
     rollout_reward = repeat(reward, "n l -> n g l", g=cfg.rollouts)
-    if noisy_pass:
+    if noisy(cfg):
         states = [repeat(out.hidden[:, :, :1], "b t l d -> (b g) t l d", g=cfg.rollouts)]
         gates = [repeat(out.gate[:, :, :1], "b t l -> (b g) t l", g=cfg.rollouts)]
         if n_loops > 2:
@@ -491,12 +514,12 @@ def rpt_step(
             states, gates = [*states, rollout.hidden], [*gates, rollout.gate]
         gate = F.pad(torch.cat(gates, -1), (0, 1))  # (b g) T L
         rollout_logpi = exit_logpdf(hard(rearrange(gate, "(b g) t l -> b t g l", g=cfg.rollouts)))  # N G L
-    if noisy_pass and cfg.reward == "rollout":
+    if noisy(cfg) and cfg.reward == "rollout":
         with torch.no_grad():
             states.append(student(states[-1][:, :, -1], loops=1, **noise).hidden)
-            noisy = hard(rearrange(torch.cat(states, 2), "(b g) t l d -> b t g l d", g=cfg.rollouts))
+            found = hard(rearrange(torch.cat(states, 2), "(b g) t l d -> b t g l d", g=cfg.rollouts))
             rollout_targets = repeat(targets, "n -> (n g)", g=cfg.rollouts)
-            noisy_logp = gold_logp(student, rearrange(noisy, "n g l d -> (n g) l d"), rollout_targets)
+            noisy_logp = gold_logp(student, rearrange(found, "n g l d -> (n g) l d"), rollout_targets)
         noisy_logp = rearrange(noisy_logp, "(n g) l -> n g l", g=cfg.rollouts)
         rollout_reward = exit_reward(noisy_logp, baseline[:, None], price[:, None], ref_loop[:, None])
 
@@ -510,11 +533,7 @@ def rpt_step(
         earned = (rollout_logpi.detach().exp() * rollout_reward).sum(-1)  # N G
 
     # 8 Representation   9 Entropy bonus   10 KL to the teacher
-    if cfg.rep == "reward":
-        rep = representation_loss(logp, logpi, reward, cfg.floor)
-    else:
-        rep = -logp[:, -1] if cfg.rep == "last" else -(logpi.exp() * logp).sum(-1)
-        rep = (1 - cfg.floor) * rep - cfg.floor * logp[:, -1]
+    rep = representation_loss(logp, logpi, reward, cfg.loops, cfg.floor)
     ent = (logpi.exp() * logpi).sum(-1)
     kl = k3_kl(logp, teacher_logp) if cfg.kl == "k3" else away
 
@@ -568,13 +587,14 @@ def begin(
     cfg = getattr(config, stage)
     if stage == "rpt":
         teacher = spread((teacher or copy.deepcopy(student)).requires_grad_(False))
+    gate_only = stage == "gate" or (stage == "rpt" and config.rpt.gate_only)
+    student.requires_grad_(not gate_only).early_exit_gate.requires_grad_(True)
     student.checkpointing = config.train.checkpoint
     on_gpu = student.embed_tokens.weight.is_cuda
     for net in (student, teacher):
         if net and (config.train.compile == "on" or (config.train.compile == "auto" and on_gpu)):
             net.compile()
     student = spread(student)
-    gate_only = stage == "gate" or (stage == "rpt" and config.rpt.gate_only)
     trained = student.early_exit_gate if gate_only else student
     return Run(stage, student, teacher, optimizer_for(trained, cfg.lr, getattr(cfg, "weight_decay", 0.0)))
 
@@ -698,7 +718,7 @@ def step_flops(stage: Stage, c: ModelConfig, cfg, batch: Batch) -> float:
     teacher = c.loops * (loop + hard * word) + tokens * word
     again = cfg.reward == "rollout"  # the rewards of each rollout, forward only
     rollouts = cfg.rollouts * (3 * (c.loops - 2) * loop + again * (loop + c.loops * hard * word))
-    return teacher + 3 * c.loops * (loop + hard * word) + rollouts
+    return teacher + 3 * c.loops * (loop + hard * word) + (rollouts if noisy(cfg) else 0)
 
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # bfloat16, dense, by the vendor
@@ -1200,13 +1220,14 @@ def flags(config, group: str = "") -> dict[str, object]:
     return found
 
 
-def parse() -> Config:
-    """The command line.
+def parse(args: Sequence[str] | None = None) -> Config:
+    """The command line, or other flags.
 
-    With --init, the checkpoint's shape is the default of the --model flags. With --resume, the flags that the run was
-    started with are the default of all, and those of its model and its data stay as they are.
+    With --init, the checkpoint's shape is the default of the --model flags, and with --paper the published values that
+    of the --rpt flags. With --resume, the flags that the run was started with are the default of all, and those of its
+    model and its data stay as they are.
     """
-    config = tyro.cli(Config, description=__doc__.partition("\n\nThe paper")[0])
+    config = tyro.cli(Config, description=__doc__.partition("\n\nThe paper")[0], args=args)
     record = config.folder / "run.json"
     if config.resume and record.exists():
         try:
@@ -1214,17 +1235,19 @@ def parse() -> Config:
         except (KeyError, TypeError) as error:
             raise UserError(f"{record} is not the record of a run ({error!r}): restore it, or start anew") from error
         saved, folder = replace(saved, resume=True, out=config.folder), config.folder
-        config = replace(tyro.cli(Config, default=saved), out=folder)
+        config = replace(tyro.cli(Config, default=saved, args=args), out=folder)
         given = flags(config)
         for name, found in flags(saved).items():
             if name.startswith(FIXED) and given[name] != found:
                 flag = f"--{name.replace('_', '-')} {given[name]}"
                 raise UserError(f"{flag} contradicts the run in {folder}, which has {found}: leave the flag out")
         return config
+    shape = model.load_config(config.init) if config.init else ModelConfig()
+    if config.init or config.paper:
+        default = Config(model=shape, rpt=PAPER if config.paper else RPTConfig())
+        config = tyro.cli(Config, default=default, args=args)
     if not config.init:
         return config
-    shape = model.load_config(config.init)
-    config = tyro.cli(Config, default=Config(model=shape))
     if config.data.path and config.data.length > shape.max_positions:
         raise UserError(
             f"--data.length {config.data.length} is more than the {shape.max_positions} positions of {config.init}: "
