@@ -637,8 +637,8 @@ def harness() -> None:
 # The study: every control and every ablation from one base, with the same rows and steps
 
 EXACT = "--paper --rpt.estimator exact --rpt.rollouts 1"
-NEXT_TOKEN = f"{EXACT} --rpt.loops last --rpt.pg-weight 0 --rpt.kl-weight 0 --rpt.ent-weight 0"
-STAGE_I = f"{EXACT} --rpt.loops exits --rpt.noise-std 0 --rpt.lambda-base 0 --rpt.kl-weight 0 --rpt.ent-weight 0.1"
+NEXT_TOKEN = f"{EXACT} --rpt.rep-loops last --rpt.pg-weight 0 --rpt.kl-weight 0 --rpt.ent-weight 0"
+STAGE_I = f"{EXACT} --rpt.rep-loops exits --rpt.noise-std 0 --rpt.lambda-base 0 --rpt.kl-weight 0 --rpt.ent-weight 0.1"
 VARIANTS = {  # their stage and its flags, on top of the track's
     "base": ("pretrain", ""),
     "next-token": ("rpt", f"{NEXT_TOKEN} --rpt.rho 1"),

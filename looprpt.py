@@ -134,9 +134,7 @@ class RPTConfig:
     lambda_scale: float = 0.5  # how much dearer a loop is on an easy token
     pg_weight: float = 1.0  # weight of the policy loss
     rep_weight: float = 1.0  # weight of the representation loss
-    loops: Literal["pay", "exits", "last"] = (
-        "pay"  # it trains those that pay (the paper), as visited, or the last alone
-    )
+    rep_loops: Literal["pay", "exits", "last"] = "pay"  # those that pay (the paper), all as visited, or the last
     floor: float = 0.0  # share of it that the last loop has for itself
     distill_weight: float = 0.0  # weight of the KL from the last loop, held constant, to the earlier ones
     ent_weight: float = 0.01  # weight of the entropy bonus
@@ -151,7 +149,7 @@ PAPER = RPTConfig(  # as published
     rollouts=8,
     noise_std=0.1,
     rho=0.2,
-    loops="pay",
+    rep_loops="pay",
     floor=0.0,
     distill_weight=0.0,
     ent_weight=0.01,
@@ -533,7 +531,7 @@ def rpt_step(
         earned = (rollout_logpi.detach().exp() * rollout_reward).sum(-1)  # N G
 
     # 8 Representation   9 Entropy bonus   10 KL to the teacher
-    rep = representation_loss(logp, logpi, reward, cfg.loops, cfg.floor)
+    rep = representation_loss(logp, logpi, reward, cfg.rep_loops, cfg.floor)
     ent = (logpi.exp() * logpi).sum(-1)
     kl = k3_kl(logp, teacher_logp) if cfg.kl == "k3" else away
 

@@ -278,6 +278,45 @@ def test_representation_loss_weighs_loops_by_exit_and_advantage():
     assert reached(looprpt.representation_loss, logp, logpi, reward) == [True, False, False]
 
 
+def test_representation_loss_of_all_loops_as_visited_or_of_the_last_with_a_floor_under_it():
+    logp, logpi, reward = rand(N, L), logpi_like(N, L), rand(N, L)
+    rows = [
+        -sum(math.exp(p) * x for p, x in zip(*pair, strict=True))
+        for pair in zip(logpi.tolist(), logp.tolist(), strict=True)
+    ]
+    expect(looprpt.representation_loss(logp, logpi, reward, "exits"), rows)
+    rows = [0.7 * row - 0.3 * x[-1] for row, x in zip(rows, logp.tolist(), strict=True)]
+    expect(looprpt.representation_loss(logp, logpi, reward, "exits", 0.3), rows)
+    expect(looprpt.representation_loss(logp, logpi, reward, "last", 0.3), (-logp[:, -1]).tolist())
+    for loops in ("exits", "last"):
+        formula = lambda *x, loops=loops: looprpt.representation_loss(*x, loops, 0.3)  # noqa: E731
+        assert reached(formula, logp, logpi, reward) == [True, False, False]
+
+
+def test_distillation_pulls_the_earlier_loops_towards_the_last_and_never_the_last():
+    logits = rand(N, L, V)
+    rows = []
+    for token in logits.log_softmax(-1).tolist():
+        p = [math.exp(x) for x in token[-1]]
+        rows.append(mean(sum(a * (math.log(a) - b) for a, b in zip(p, q, strict=True)) for q in token[:-1]))
+    expect(looprpt.distillation(logits), rows)
+    logits.requires_grad_()
+    looprpt.distillation(logits).sum().backward()
+    assert not logits.grad[:, -1].any()
+    assert logits.grad[:, :-1].any(-1).all()
+    nearer = logits.detach() - 0.1 * logits.grad
+    assert (looprpt.distillation(nearer) < looprpt.distillation(logits)).all()
+
+
+def test_advantages_can_go_undivided():
+    logpi, exits, reward = logpi_like(N, G, L), torch.randint(L, (N, G)), rand(N, G, L)
+    rows = []
+    for n in range(N):
+        earned = [reward[n, g, exits[n, g]].item() for g in range(G)]
+        rows.append(-mean((r - mean(earned)) * logpi[n, g, exits[n, g]].item() for g, r in enumerate(earned)))
+    expect(looprpt.sampled_policy_loss(logpi, exits, reward, False), rows)
+
+
 def test_k3():
     logp, teacher = rand(N, L), rand(N, L)
     rows = [

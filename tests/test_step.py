@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import data
+import eval
 import looprpt
 from data import Batch, DataConfig, Row
 from looprpt import Config, Counts, RPTConfig, TrainConfig, rpt_step
@@ -86,8 +87,10 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
             ref_states, ref_gates = slow_rollout(teacher, ids, quiet)
             p = teacher.lm_head(ref_states[-1]).softmax(-1)
             entropy = -(p * p.log()).sum(-1)
+            ends = [[slow_logp(teacher, ref_states[i][t], batch.targets[b, t]) for i in (0, -1)] for t in range(T)]
+        choice = [last - first for first, last in ends] if cfg.select == "gain" else entropy
         counted = [t for t in range(T) if batch.mask[b, t]]
-        hard = sorted(counted, key=lambda t: -entropy[t])[: math.ceil(cfg.rho * len(counted))]
+        hard = sorted(counted, key=lambda t: -choice[t])[: math.ceil(cfg.rho * len(counted))]
         states, gates = slow_rollout(student, ids, quiet)
         rollouts = [slow_rollout(student, ids, [n[b * cfg.rollouts + g] for n in noise]) for g in range(cfg.rollouts)]
         for t in hard:
@@ -112,11 +115,19 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
                 paid.append(own[draw(b, t, g)])
                 chosen.append(pi_g[draw(b, t, g)].log())
             if cfg.estimator == "sampled":
-                pg = -(slow_standardized(paid) * torch.stack(chosen)).mean()
+                paid = slow_standardized(paid) if cfg.normalize else torch.stack(paid) - sum(paid) / len(paid)
+                pg = -(paid * torch.stack(chosen)).mean()
             else:
                 pg = exact - exact.detach()  # a centred advantage: the gradient of the expectation, the value 0
             advantage = slow_standardized(rewards).clamp(min=0)
-            rep = -sum(p.detach() * (1 + a) * x for p, a, x in zip(pi, advantage, logp, strict=True))
+            if cfg.rep_loops != "pay":
+                advantage = [0.0] * loops
+            visited = [0.0] * (loops - 1) + [1.0] if cfg.rep_loops == "last" else [p.detach() for p in pi]
+            rep = -sum(p * (1 + a) * x for p, a, x in zip(visited, advantage, logp, strict=True))
+            rep = (1 - cfg.floor) * rep - cfg.floor * logp[-1]
+            last = student.lm_head(states[-1][t]).detach().log_softmax(-1)
+            earlier = [student.lm_head(s[t]).log_softmax(-1) for s in states[:-1]]
+            distill = sum((last.exp() * (last - x)).sum() for x in earlier) / len(earlier)
             ent = sum(p * p.log() for p in pi)
             if cfg.kl == "k3":
                 ratio = [r - x for r, x in zip(ref_logp, logp, strict=True)]
@@ -128,6 +139,7 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
                     p, q = p.log_softmax(-1), q.log_softmax(-1)
                     kl = kl + (p.exp() * (p - q)).sum() / loops
             total = cfg.pg_weight * pg + cfg.rep_weight * rep + cfg.ent_weight * ent + cfg.kl_weight * kl
+            total = total + cfg.distill_weight * distill
             terms.append(total)
     return sum(terms) / len(terms)
 
@@ -140,6 +152,11 @@ FORMS = [
     {"estimator": "sampled", "loops": 2},
     {"estimator": "exact", "reward": "rollout", "loops": 2},
     {"estimator": "exact", "noise_std": 0.0},
+    {"estimator": "sampled", "noise_std": 0.0, "normalize": False},
+    {"estimator": "exact", "reward": "rollout", "noise_std": 0.0, "floor": 0.3},
+    {"estimator": "exact", "rep_loops": "exits", "floor": 0.3, "distill_weight": 0.6},
+    {"estimator": "exact", "rep_loops": "last", "pg_weight": 0.0, "floor": 0.3},
+    {"estimator": "sampled", "select": "gain", "distill_weight": 0.6, "kl": "full"},
     {"estimator": "sampled", "rho": 1.0, "tau": 0.9, "kl": "full"},
 ]
 
@@ -188,6 +205,76 @@ def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, form):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def gradient(net, loss):
+    net.zero_grad()
+    loss.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in net.parameters()]
+
+
+def study_config(name, **changes):
+    """The flags of a variant of the study."""
+    return replace(looprpt.parse(eval.VARIANTS[name][1].split()).rpt, **changes)
+
+
+def test_stage_i_is_loop_rpt_without_noise_price_bonus_and_kl(batch):
+    """The control of the study called Stage I has Ouro's own gradient, through the gate as well."""
+    student, cfg = make(0), study_config("stage-1")
+    counts = counts_of(batch, 1)
+    found = gradient(student, rpt_step(student, make(1), batch, cfg, counts=counts).loss)
+    expected = gradient(student, looprpt.pretrain_step(student, batch, looprpt.PretrainConfig(), counts=counts).loss)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["next-token", "next-token-hard"])
+def test_the_control_next_token_is_cross_entropy_after_the_last_loop(batch, name):
+    student, teacher, cfg = make(0), make(1), study_config(name)
+    cfg = replace(cfg, rho=cfg.rho if cfg.rho == 1 else 0.5)
+    out, ref = student(batch.inputs), teacher(batch.inputs)
+    entropy = looprpt.entropy_of(teacher.logits(ref.hidden[:, :, -1]))
+    chosen = looprpt.hard_tokens(entropy, batch.mask, cfg.rho)
+    logits = student.logits(out.hidden[:, :, -1])[chosen]
+    expected = gradient(student, torch.nn.functional.cross_entropy(logits, batch.targets[chosen]))
+    found = gradient(student, rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, cfg.rho)).loss)
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_every_loss_weight_and_choice_of_a_variant_is_what_its_name_says():
+    published = study_config("sampled")
+    assert published == looprpt.PAPER
+    exact = replace(published, estimator="exact", rollouts=1)
+    changes = {
+        "exact": {},
+        "gate-only": {"rep_weight": 0.0, "gate_only": True},
+        "rep-only": {"pg_weight": 0.0},
+        "no-rep-no-entropy": {"rep_weight": 0.0, "ent_weight": 0.0},
+        "no-selection": {"rho": 1.0},
+        "no-noise": {"noise_std": 0.0},
+        "no-kl": {"kl_weight": 0.0},
+        "no-price": {"lambda_base": 0.0},
+        "gain": {"select": "gain"},
+    }
+    for name, change in changes.items():
+        assert study_config(name) == replace(exact, **change), name
+    assert study_config("no-deviation") == replace(published, normalize=False)
+    assert study_config("looprpt") == RPTConfig()
+
+
+def test_gate_only_trains_the_gate_alone():
+    config = Config(rpt=RPTConfig(steps=3, gate_only=True, rep_weight=0.0), train=TrainConfig(batch=4))
+    start = LoopedTransformer(replace(config.model, vocab_size=8), generator=torch.Generator().manual_seed(0))
+    run = looprpt.begin("rpt", copy.deepcopy(start), config)
+    list(looprpt.train(run, config, None, device=CPU))
+    changed = [
+        n for (n, p), q in zip(run.student.named_parameters(), start.parameters(), strict=True) if (p != q).any()
+    ]
+    assert changed
+    assert all(name.startswith("early_exit_gate.") for name in changed)
+    after = looprpt.begin("rpt", run.student, replace(config, rpt=RPTConfig()))
+    assert all(p.requires_grad for p in after.student.parameters()), "the next stage trains all again"
+
+
 def test_entropy_bonus_flattens_the_exits(batch):
     student, cfg = make(0), RPTConfig(pg_weight=0, rep_weight=0, ent_weight=1, kl_weight=0, noise_std=0, rho=1)
     counts, optimizer, measured = counts_of(batch, 1), torch.optim.SGD(student.parameters(), 0.1), []
@@ -225,8 +312,11 @@ def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, 
 
     monkeypatch.setattr(LoopedTransformer, "forward", counting)
     student, teacher = make(0, loops=loops), make(1, loops=loops)
-    rpt_step(student, teacher, batch, RPTConfig(rollouts=G, reward=reward), counts=Counts(13, 5))
+    rpt_step(student, teacher, batch, RPTConfig(rollouts=G, reward=reward, noise_std=0.1), counts=Counts(13, 5))
     assert ran == [(B, loops), (B, loops)] + [(B * G, n) for n in expected]
+    ran.clear()
+    rpt_step(student, teacher, batch, RPTConfig(rollouts=G, reward=reward, noise_std=0), counts=Counts(13, 5))
+    assert ran == [(B, loops), (B, loops)], "without noise a rollout is the clean pass"
 
 
 def test_only_hard_tokens_reach_the_vocabulary(batch, monkeypatch):
