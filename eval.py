@@ -724,8 +724,8 @@ def study() -> None:
             first = first or score_variant(config, folder, folder / f"seed-{seed}" / "base" / "base")
             s = first if name == "base" else score_variant(config, folder, checkpoint)
             sets = buckets(first)
-            sums = {f"{name}.{key}": x for name in SIDES for key, x in tally(s, sets[name])._asdict().items()}
-            save_file(sums, run / "tally.safetensors")
+            sums = {f"{side}.{key}": x for side in SIDES for key, x in tally(s, sets[side])._asdict().items()}
+            save_file({key: x.contiguous() for key, x in sums.items()}, run / "tally.safetensors")
             log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
             every = max(1, len(log) // 50)
             write_result(
@@ -831,66 +831,81 @@ def write_result(path: Path, found: dict) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and pictures of a study, from its files alone
 
-LABELS = {
-    "base": "base",
-    "next-token": "next token",
-    "stage-1": "Stage I",
-    "stage-2": "Stage II",
-    "sampled": "LoopRPT, sampled",
-    "exact": "LoopRPT, exact",
-    "looprpt": "looprpt",
-}
-
 
 def load_study(paths: Sequence[Path]) -> tuple[dict[str, list[dict]], dict]:
-    """The runs of each variant, in the order of VARIANTS, and the intervals. Raises UserError for a file of neither."""
+    """The runs of each variant, in the order of VARIANTS, and the differences between variants.
+
+    Raises UserError for files that are not of one study.
+    """
     runs: dict[str, list[dict]] = {}
-    against: dict = {}
+    found, tracks = {}, set()
     for path in paths:
-        found = model.read_json(path)
-        if "variant" in found:
-            runs.setdefault(found["variant"], []).append(found)
-        elif "against" in found:
-            against = found["against"]
+        if not path.is_file():
+            raise UserError(f"{path} is not a file: give the files of one folder, results/demo/*.json")
+        file = model.read_json(path)
+        if "variant" in file:
+            runs.setdefault(file["variant"], []).append(file)
+        elif "against" in file:
+            found = file["against"]
         else:
-            raise UserError(f"{path} is no result of `eval.py study`: give the files of one results folder")
-    if not runs:
-        raise UserError("no results of `eval.py study` were given: python eval.py table results/demo/*.json")
-    return {name: runs[name] for name in VARIANTS if name in runs}, against
+            raise UserError(
+                f"{path} is no result of `eval.py study`: give the files of one folder, results/demo/*.json"
+            )
+        tracks.add(file["track"])
+    if not runs or len(tracks) > 1:
+        raise UserError(f"the files are of {len(tracks)} studies: give those of one folder, results/demo/*.json")
+    return {name: runs[name] for name in [*VARIANTS, *sorted(runs.keys() - VARIANTS)] if name in runs}, found
 
 
-def study_table(paths: Sequence[Path], bucket: str = "all") -> str:
-    """Markdown: mean and standard deviation over the seeds, and what the gate's exits at 0.5 gain at the same number of
-    loops over Stage I's curve, with its interval."""
-    runs, against = load_study(paths)
-    loops = len(next(iter(runs.values()))[0]["buckets"][bucket]["by_loop"])
-    heads = ["", *(f"loop {i + 1}" for i in range(loops)), "q = 0.5", "loops there", "area", "beside Stage I"]
+def at_half(part: dict) -> tuple[float, float]:
+    """Average loops and accuracy of a bucket, left at the gate's threshold 0.5."""
+    return next((point["loops"], point["accuracy"]) for point in part["sweep"] if point["threshold"] == 0.5)
+
+
+def study_table(paths: Sequence[Path], bucket: str = "all", only: Sequence[str] = ()) -> str:
+    """Markdown: a row for each variant, mean and standard deviation over the seeds."""
+    runs, found = load_study(paths)
+    if unknown := [name for name in only if name not in runs]:
+        raise UserError(f"--only {' '.join(unknown)}: there are no such runs, there are {', '.join(runs)}")
+    if missing := [path for path in paths if bucket not in model.read_json(path).get("buckets", {bucket: 0})]:
+        raise UserError(f"--bucket {bucket} is not in {missing[0]}: all, easy, medium and hard are")
+    first = next(iter(runs.values()))
+    loops = len(first[0]["buckets"][bucket]["by_loop"])
+    heads = ["", *(f"loop {i + 1}" for i in range(loops)), "at q = 0.5", "loops there", "area", "looprpt ahead by"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
 
     def cell(values: list[float], digits: int) -> str:
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
 
-    for name, found in runs.items():
-        parts = [run["buckets"][bucket] for run in found]
-        half = [next(p for p in part["sweep"] if p["threshold"] == 0.5) for part in parts]
+    for name in only or runs:
+        parts = [run["buckets"][bucket] for run in runs[name]]
+        left, accuracy = zip(*map(at_half, parts), strict=True)
         cells = [cell([100 * part["by_loop"][i] for part in parts], 1) for i in range(loops)]
-        cells += [cell([100 * p["accuracy"] for p in half], 1), cell([p["loops"] for p in half], 2)]
+        cells += [cell([100 * x for x in accuracy], 1), cell([*left], 2)]
         cells.append(cell([100 * part["area"]["gate"] for part in parts], 1))
-        interval = against.get(bucket, {}).get(f"{name} - stage-1", {}).get("matched gate")
-        gain = "" if interval is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * x for x in interval))
-        lines.append("| " + " | ".join([LABELS.get(name, name), *cells, gain]) + " |")
+        interval = found.get(bucket, {}).get(f"looprpt - {name}", {}).get("matched gate")
+        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * x for x in interval)) if interval else "")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    seeds = sorted(run["seed"] for run in first)
+    tokens = " / ".join(f"{run['buckets'][bucket]['tokens']:,}" for run in first)
+    commits = ", ".join(sorted({run["commit"][:7] for found in runs.values() for run in found if run["commit"]}))
+    lines.append(f"\nSeeds {', '.join(map(str, seeds))}; {tokens} tokens ({bucket}); commit {commits or 'unknown'}.")
     return "\n".join(lines)
 
 
-def table(files: Annotated[tuple[Path, ...], tyro.conf.Positional], bucket: str = "all") -> None:
-    """The README's tables, as Markdown, from the files of a study.
+def table(
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional], bucket: str = "all", only: tuple[str, ...] = ()
+) -> None:
+    """A study as Markdown: accuracy in % after each loop and where the gate leaves at threshold 0.5, mean loops there,
+    mean accuracy under the curve, and how far looprpt is ahead at its own number of loops (95 % interval).
 
     Args:
         files: what `eval.py study` wrote.
         bucket: all, easy, medium or hard.
+        only: these variants (none: all).
     """
-    print(study_table(files, bucket))
+    print(study_table(files, bucket, only))
 
 
 STYLES = {  # colours that differ for everybody, and marks that differ in print
@@ -917,7 +932,7 @@ def plot(
     try:
         import matplotlib
     except ImportError as error:
-        raise UserError(f"pictures need matplotlib ({error}): pip install matplotlib") from error
+        raise UserError(f"pictures need matplotlib ({error}): pip install -r requirements.txt") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -934,7 +949,7 @@ def plot(
         for variant, found in runs.items():
             colour, mark, line = STYLES[variant]
             parts = [run["buckets"][bucket] for run in found]
-            draw(axes, found, parts, {"color": colour, "marker": mark, "linestyle": line, "label": LABELS[variant]})
+            draw(axes, found, parts, {"color": colour, "marker": mark, "linestyle": line, "label": variant})
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.spines[["top", "right"]].set_visible(False)
@@ -947,9 +962,7 @@ def plot(
     def pareto(axes, found, parts, style) -> None:
         x, y = mean([part["curves"]["gate"] for part in parts]).T
         axes.plot(x, 100 * y, markersize=3, **style)
-        half = mean(
-            [next([p["loops"], p["accuracy"]] for p in part["sweep"] if p["threshold"] == 0.5) for part in parts]
-        )
+        half = mean([at_half(part) for part in parts])
         axes.plot(half[0], 100 * half[1], markersize=10, **style | {"label": None})
 
     def by_loop(axes, found, parts, style) -> None:
