@@ -301,16 +301,17 @@ class PlanConfig:
     rows: int = 1  # rows of a forward pass of one GPU, as --train.micro-batch
     batch: int = 64  # rows in a step, over all GPUs
     length: int = 4096  # tokens in a row
-    rollouts: int = 1  # G, as --rpt.rollouts
-    rho: float = 0.2  # share of the tokens that is hard, as --rpt.rho
+    rollouts: int = 0  # noisy rollouts (0: no noise; LoopRPT as published: 8)
+    rho: float = 1.0  # share of the tokens that is hard (LoopRPT as published: 0.2)
     peak: float = 989.0  # a GPU's bfloat16 teraflops, by its vendor (989: H100, H200)
     mfu: float = 0.4  # share of it that is reached: measure it, log.jsonl has it; this is a guess
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
-        for name in ("per_machine", "rows", "batch", "length", "rollouts"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is below 1: give a positive number")
+        for name, least in (("per_machine", 1), ("rows", 1), ("batch", 1), ("length", 1), ("rollouts", 0)):
+            if getattr(self, name) < least:
+                flag = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise UserError(f"{flag} is below {least}: give a positive number" + " or 0" * (not least))
         if not self.gpus or not all(1 <= n <= 1024 for n in self.gpus):
             raise UserError(f"--gpus {' '.join(map(str, self.gpus))}: give numbers from 1 to 1024")
         for name, most in (("mfu", 1), ("rho", 1), ("peak", math.inf)):
@@ -370,7 +371,8 @@ def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     config.check()
     c, gib = SHAPES[config.shape].resolved(), 2**30
     ids = torch.zeros(config.batch, config.length, dtype=torch.long)
-    cfg = looprpt.RPTConfig(rollouts=config.rollouts, rho=config.rho)
+    noise = 0.1 if config.rollouts else 0.0
+    cfg = looprpt.RPTConfig(rollouts=config.rollouts, rho=config.rho, noise_std=noise)
     flops = looprpt.step_flops(config.objective, c, cfg, data.Batch(ids, ids, torch.ones_like(ids, dtype=torch.bool)))
     table = Table(title=f"{config.objective}, {config.shape}, {config.dist}: GiB per GPU", title_justify="left")
     table.box, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, True
@@ -625,7 +627,7 @@ def rpt(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
     def setup(device: torch.device, net: LoopedTransformer, source: data.Documents) -> tuple:
         teacher, batch = copy.deepcopy(net).requires_grad_(False), eval.counted(source.batch(0), device)
         optimizer = looprpt.optimizer_for(net, 0.0, 0.0)  # a learning rate of 0: all forms find the same weights
-        counts, _ = looprpt.count(batch, looprpt.RPTConfig.rho, device)
+        counts, _ = looprpt.count(batch, looprpt.PAPER.rho, device)
 
         def form(loss: Callable, cfg: looprpt.RPTConfig) -> Form:
             def step() -> None:
@@ -645,7 +647,7 @@ def rpt(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
         def ours(cfg: looprpt.RPTConfig, generator: torch.Generator) -> Tensor:
             return looprpt.rpt_step(net, teacher, batch, cfg, counts=counts, generator=generator).loss
 
-        sampled, exact = looprpt.RPTConfig(estimator="sampled", rollouts=8), looprpt.RPTConfig()
+        sampled, exact = looprpt.PAPER, replace(looprpt.PAPER, estimator="exact", rollouts=1)
         forms = {"plain": form(plain, sampled), "sampled": form(ours, sampled), "exact": form(ours, exact)}
         return forms, (net, teacher), 16 * sum(p.numel() for p in net.parameters())  # weights, teacher, two moments
 

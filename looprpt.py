@@ -123,11 +123,11 @@ class RPTConfig:
     lr: float = 1e-3  # peak learning rate
     estimator: Literal["sampled", "exact"] = "exact"  # draw an exit per rollout (the paper), or take the expectation
     rollouts: int = 1  # G, noisy latent rollouts (the paper: 8, with the sampled estimator)
-    noise_std: float = 0.1  # standard deviation of the noise on the state fed to the next loop (0: no pass of its own)
+    noise_std: float = 0.0  # of the noise on the state fed to the next loop (the paper: 0.1; 0: no passes of their own)
     normalize: bool = True  # divide the sampled advantages by their standard deviation (the paper)
     reward: Literal["clean", "rollout"] = "clean"  # from the clean pass (the paper), or recomputed on each rollout
     kl: Literal["k3", "full"] = "k3"  # at the gold token (the paper), or over the vocabulary
-    rho: float = 0.2  # share of the counted tokens of a row that are hard
+    rho: float = 1.0  # share of the counted tokens of a row that are hard, and trained on (the paper: 0.2)
     select: Literal["entropy", "gain"] = "entropy"  # hard: the teacher unsure (the paper), or helped most by its loops
     tau: float = 0.5  # cumulative exit probability at which the teacher leaves
     lambda_base: float = 0.02  # price of a loop, nats
@@ -135,9 +135,9 @@ class RPTConfig:
     pg_weight: float = 1.0  # weight of the policy loss
     rep_weight: float = 1.0  # weight of the representation loss
     rep_loops: Literal["pay", "exits", "last"] = "pay"  # those that pay (the paper), all as visited, or the last
-    floor: float = 0.0  # share of it that the last loop has for itself
-    distill_weight: float = 0.0  # weight of the KL from the last loop, held constant, to the earlier ones
-    ent_weight: float = 0.01  # weight of the entropy bonus
+    floor: float = 0.3  # share of it that the last loop has for itself (the paper: 0)
+    distill_weight: float = 0.3  # weight of the KL from the last loop, held constant, to the others (the paper: 0)
+    ent_weight: float = 0.003  # weight of the entropy bonus (the paper: 0.01)
     kl_weight: float = 1e-4  # weight of the KL to the teacher
     gate_only: bool = False  # the backbone stays as it is
     ema: float = 0.995  # how much of itself the teacher keeps at each step

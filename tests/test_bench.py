@@ -173,9 +173,7 @@ def test_the_yardstick_is_the_same_step(rollouts, monkeypatch):
     ids = torch.randint(259, (3, 12), generator=data.seeded("ids"))
     mask = torch.rand(3, 11, generator=data.seeded("mask")) < 0.7
     batch, found = data.Batch(ids[:, :-1], ids[:, 1:], mask), []
-    cfg = looprpt.RPTConfig(
-        estimator="sampled", rollouts=rollouts, noise_std=0.3, rho=0.4, kl_weight=0.3, ent_weight=0.2
-    )
+    cfg = replace(looprpt.PAPER, rollouts=rollouts, noise_std=0.3, rho=0.4, kl_weight=0.3, ent_weight=0.2)
     counts, _ = looprpt.count(batch, cfg.rho, torch.device("cpu"))
     for form in ("plain", "ours"):
         student, teacher = (

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import looprpt
 import model
 from data import Batch
-from looprpt import Counts, RPTConfig, rpt_step
+from looprpt import PAPER, Counts, rpt_step
 
 
 def test_golden_model(golden):
@@ -45,8 +45,8 @@ def step(golden, monkeypatch):
     batch = Batch(ids[:, :-1], ids[:, 1:], tensors["loss_mask_at_prediction"][:, :-1].bool())
     exits = rearrange(tensors["sampled_loops"].long()[:, :-1], "(b g) t -> b t g", g=hyper["rollouts"])[hard]  # N G
     monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: exits)
-    cfg = RPTConfig(
-        estimator="sampled",
+    cfg = replace(
+        PAPER,
         rollouts=hyper["rollouts"],
         noise_std=hyper["sigma"],
         rho=hyper["rho"],

@@ -16,7 +16,7 @@ import data
 import eval
 import looprpt
 from data import Batch, DataConfig, Row
-from looprpt import Config, Counts, RPTConfig, TrainConfig, rpt_step
+from looprpt import PAPER, Config, Counts, RPTConfig, TrainConfig, rpt_step
 from model import LoopedTransformer, ModelConfig, exit_logpdf
 
 SHAPE = ModelConfig(layers=1, loops=4, width=16, heads=2, vocab_size=11, init_std=0.4)
@@ -166,7 +166,8 @@ def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, form):
     """Value and gradient. It settles at once: which loops are shared or skipped, what is detached, which rollout of
     which sequence a token is grouped with, the sign and weight of each term, and that easy tokens count for nothing."""
     loops = form.pop("loops", 4) if "loops" in (form := dict(form)) else 4
-    cfg = RPTConfig(
+    cfg = replace(
+        PAPER,
         **{
             "rollouts": G,
             "rho": 0.4,
@@ -176,7 +177,7 @@ def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, form):
             "rep_weight": 0.7,
             "pg_weight": 1.3,
         }
-        | form
+        | form,
     )
     student, teacher = make(0, loops=loops), make(1, loops=loops)
     slow_student = copy.deepcopy(student)
@@ -276,7 +277,8 @@ def test_gate_only_trains_the_gate_alone():
 
 
 def test_entropy_bonus_flattens_the_exits(batch):
-    student, cfg = make(0), RPTConfig(pg_weight=0, rep_weight=0, ent_weight=1, kl_weight=0, noise_std=0, rho=1)
+    student, weights = make(0), {"pg_weight": 0, "rep_weight": 0, "ent_weight": 1, "kl_weight": 0}
+    cfg = replace(PAPER, estimator="exact", noise_std=0, rho=1, **weights)
     counts, optimizer, measured = counts_of(batch, 1), torch.optim.SGD(student.parameters(), 0.1), []
     for _ in range(5):
         optimizer.zero_grad()
@@ -289,7 +291,7 @@ def test_entropy_bonus_flattens_the_exits(batch):
 
 def test_step_measures_reward_and_loops_in_the_units_a_reader_expects(batch):
     student, teacher = make(0), make(1)
-    cfg = RPTConfig(noise_std=0.0, rho=1.0)
+    cfg = replace(PAPER, estimator="exact", noise_std=0.0, rho=1.0)
     found = rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, 1)).measured
     assert found.keys() == {*looprpt.MEASURED["rpt"]}
     assert 1 < found["loops"] < 4
@@ -312,10 +314,10 @@ def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, 
 
     monkeypatch.setattr(LoopedTransformer, "forward", counting)
     student, teacher = make(0, loops=loops), make(1, loops=loops)
-    rpt_step(student, teacher, batch, RPTConfig(rollouts=G, reward=reward, noise_std=0.1), counts=Counts(13, 5))
+    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G, reward=reward), counts=Counts(13, 5))
     assert ran == [(B, loops), (B, loops)] + [(B * G, n) for n in expected]
     ran.clear()
-    rpt_step(student, teacher, batch, RPTConfig(rollouts=G, reward=reward, noise_std=0), counts=Counts(13, 5))
+    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G, reward=reward, noise_std=0), counts=Counts(13, 5))
     assert ran == [(B, loops), (B, loops)], "without noise a rollout is the clean pass"
 
 
@@ -324,7 +326,7 @@ def test_only_hard_tokens_reach_the_vocabulary(batch, monkeypatch):
     logits = LoopedTransformer.logits
     monkeypatch.setattr(LoopedTransformer, "logits", lambda net, h: seen.append(h.shape[:-1].numel()) or logits(net, h))
     counts = counts_of(batch, 0.2)
-    rpt_step(make(0), make(1), batch, RPTConfig(), counts=counts)
+    rpt_step(make(0), make(1), batch, PAPER, counts=counts)
     assert seen == [counts.tokens, counts.hard * 4, counts.hard * 4]
 
 
