@@ -660,17 +660,18 @@ VARIANTS = {  # their stage and its flags, on top of the track's
     "no-deviation": ("rpt", "--paper --rpt.no-normalize"),
     "looprpt": ("rpt", ""),
 }
-TEXT = "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json"
+TEXT = "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json"  # in the folder of the study
 TRACKS = {  # flags of all runs
     "demo": "",
     "text": f"{TEXT} --data.length 256 --model.layers 2 --model.width 192 --train.batch 8 --precision bf16 "
     "--train.compile on --pretrain.steps 2000 --rpt.steps 200 --gate.steps 200",
-    "gpu": f"{TEXT} --data.length 512 --model.layers 4 --model.width 768 --model.heads 12 --train.batch 64 "
+    "gpu": f"{TEXT} --data.length 512 --model.layers 8 --model.width 768 --model.heads 12 --train.batch 64 "
     "--pretrain.steps 2000 --pretrain.lr 1e-3 --rpt.steps 200 --rpt.lr 3e-4 --gate.steps 200",
 }
-FILES = {  # of a track of text, from --texts
-    "text": {"train": ("gsm8k_train", "omni_train"), "test": ("gsm8k_test_1019",)},
-    "gpu": {"train": ("gsm8k_train", "omni_train", "books_train"), "test": ("gsm8k_test_1019",)},
+FILES = {  # of --texts: what is trained on, what the tokenizer is learned from, what is reported
+    "text": {"train": ("gsm8k_train",), "words": ("gsm8k_train", "omni_train"), "test": ("gsm8k_test_1019",)},
+    "gpu": {"train": ("gsm8k_train", "omni_train"), "words": ("gsm8k_train", "omni_train", "books_train")}
+    | {"test": ("gsm8k_test_1019",)},
 }
 
 
@@ -683,7 +684,7 @@ class StudyConfig:
     seeds: int = 3  # number of bases
     start: int = 0  # the first one's seed; several processes can share a study, each with seeds of its own
     only: tuple[str, ...] = ()  # of the variants (none: all)
-    texts: Path = Path("../shared/data")  # folder of gsm8k_train, gsm8k_test_1019 and omni_train, all .jsonl
+    texts: Path = Path("../shared/data")  # folder of gsm8k_train, gsm8k_test_1019, omni_train (and books_train) .jsonl
     out: Path | None = None  # folder of the runs (none: out/study-TRACK)
     results: Path | None = None  # folder of the files of results (none: results/TRACK)
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
@@ -740,17 +741,18 @@ def study() -> None:
 
 
 def gather_texts(config: StudyConfig, folder: Path) -> None:
-    """The files of a track of text: what is trained on, what is reported, and a tokenizer learned from the first.
+    """The files of a track of text, and its tokenizer.
 
     Raises UserError for a file that is not there.
     """
     for name, files in FILES.get(config.track, {}).items():
         if not (folder / f"{name}.jsonl").exists():
             pairs = [pair for file in files for pair in data.read(config.texts / f"{file}.jsonl")]
-            lines = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in pairs]
+            lines = [json.dumps({"prompt": prompt or "", "response": text}) + "\n" for prompt, text in pairs]
             (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     if config.track in FILES and not (folder / "tokenizer.json").exists():
-        data.train_tokenizer(folder / "train.jsonl", 2048, folder / "tokenizer.json")
+        vocab = 2048 if config.track == "text" else 8192
+        data.train_tokenizer(folder / "words.jsonl", vocab, folder / "tokenizer.json")
 
 
 def command(config: StudyConfig, folder: Path, seed: int, name: str) -> list[str]:

@@ -147,7 +147,8 @@ def test_text_is_trained_on_some_files_and_reported_on_another(tmp_path, monkeyp
     (texts / "elsewhere").rename(texts / "omni_train.jsonl")
     call(monkeypatch, "study", "--track", "text", "--texts", texts, "--seeds", 1, "--only", "stage-2", *where)
     train, test = ((folders[0] / f"{name}.jsonl").read_text() for name in ("train", "test"))
-    assert len(train.splitlines()) == 80
+    assert len(train.splitlines()) == 40
+    assert len((folders[0] / "words.jsonl").read_text().splitlines()) == 80
     assert "gsm8k_test_1019" not in train
     assert len(test.splitlines()) == 40
     found = json.loads((folders[1] / "stage-2-0.json").read_text())
