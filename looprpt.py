@@ -130,7 +130,7 @@ class RPTConfig:
     rho: float = 1.0  # share of the counted tokens of a row that are hard, and trained on (the paper: 0.2)
     select: Literal["entropy", "gain"] = "entropy"  # hard: the teacher unsure (the paper), or helped most by its loops
     tau: float = 0.5  # cumulative exit probability at which the teacher leaves
-    lambda_base: float = 0.02  # price of a loop, nats
+    lambda_base: float = 0.05  # price of a loop, nats (the paper: 0.02)
     lambda_scale: float = 0.5  # how much dearer a loop is on an easy token
     pg_weight: float = 1.0  # weight of the policy loss
     rep_weight: float = 1.0  # weight of the representation loss
@@ -152,6 +152,7 @@ PAPER = RPTConfig(  # as published
     rep_loops="pay",
     floor=0.0,
     distill_weight=0.0,
+    lambda_base=0.02,
     ent_weight=0.01,
     kl_weight=1e-4,
 )

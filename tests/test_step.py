@@ -214,7 +214,7 @@ def gradient(net, loss):
 
 def study_config(name, **changes):
     """The flags of a variant of the study."""
-    return replace(looprpt.parse(eval.VARIANTS[name][1].split()).rpt, **changes)
+    return replace(looprpt.parse(eval.VARIANTS[name][2].split()).rpt, **changes)
 
 
 def test_stage_i_is_loop_rpt_without_noise_price_bonus_and_kl(batch):
