@@ -930,7 +930,8 @@ STYLES = {  # colours that differ for everybody, and marks that differ in print
 def plot(
     files: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path = Path("assets"), bucket: str = "all"
 ) -> None:
-    """Four pictures of a study: accuracy over average loops, accuracy by loop, where tokens leave, and training.
+    """Four pictures of a study, means over the seeds: accuracy over average loops, accuracy by loop, where tokens
+    leave, and average loops in training.
 
     Args:
         files: what `eval.py study` wrote.
@@ -952,17 +953,22 @@ def plot(
     def mean(values: list) -> Tensor:
         return torch.tensor(values).mean(0)
 
-    def picture(name: str, xlabel: str, ylabel: str, draw: Callable) -> None:
-        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        for variant, found in runs.items():
-            colour, mark, line = STYLES[variant]
-            parts = [run["buckets"][bucket] for run in found]
-            draw(axes, found, parts, {"color": colour, "marker": mark, "linestyle": line, "label": variant})
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=8)
+    def picture(name: str, xlabel: str, ylabel: str, draw: Callable, panels: int = 1) -> None:
+        figure, every = pyplot.subplots(1, panels, figsize=(1 + 5 * panels, 4), layout="constrained", squeeze=False)
+        for axes in every[0]:
+            for variant, found in runs.items():
+                colour, mark, line = STYLES[variant]
+                parts = [run["buckets"][bucket] for run in found]
+                draw(axes, found, parts, {"color": colour, "marker": mark, "linestyle": line, "label": variant})
+            axes.set_xlabel(xlabel)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(alpha=0.3)
+        if panels > 1:  # the second one: around where the gates leave at threshold 0.5
+            x, y = torch.tensor([at_half(run["buckets"][bucket]) for found in runs.values() for run in found]).T
+            every[0, 1].set_xlim(x.min() - 0.2, x.max() + 0.2)
+            every[0, 1].set_ylim(100 * y.min() - 0.5, 100 * y.max() + 0.5)
+        every[0, 0].set_ylabel(ylabel)
+        every[0, -1].legend(frameon=False, fontsize=8)
         figure.savefig(out / f"{track}-{name}.png", dpi=150)
         pyplot.close(figure)
         console.print(out / f"{track}-{name}.png")
@@ -988,7 +994,7 @@ def plot(
         if found[0]["variant"] != "base":
             axes.plot(steps, mean([[now["loops"] for now in run["training"]] for run in found]), markersize=3, **style)
 
-    picture("pareto", "average loops", f"accuracy in %, {bucket} tokens", pareto)
+    picture("pareto", "average loops (large mark: threshold 0.5)", f"accuracy in %, {bucket} tokens", pareto, panels=2)
     picture("by-loop", "loop", f"accuracy in %, {bucket} tokens", by_loop)
     picture("exits", "loop", "tokens that leave after it, in %, threshold 0.5", leave)
     picture("training", "step", "average loops in training", training)
