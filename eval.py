@@ -3,6 +3,9 @@
     python eval.py out/base out/rpt                                             the built-in task
     python eval.py out/base out/rpt --data.path val.jsonl --out results.json    a file
     python eval.py harness out/rpt --tasks gsm8k --exit-threshold 0.5           tasks of the lm-evaluation-harness
+    python eval.py study --track demo                                           LoopRPT beside its controls, three seeds
+    python eval.py table results/demo/*.json                                    what a study found, as Markdown
+    python eval.py plot results/demo/*.json --out assets                        and as pictures
 
 A token counts as right if its logit is the largest. Tokens are sorted into buckets once, by the first model.
 """

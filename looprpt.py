@@ -2,6 +2,7 @@
 
     python looprpt.py                                          pre-train a small base, run LoopRPT on it, compare them
     python looprpt.py --init out/base --objective rpt          one stage, from a checkpoint
+    python looprpt.py --paper                                  LoopRPT as published; without it, what turned out better
     torchrun --nproc-per-node 8 looprpt.py --model.loops 4     on eight GPUs
 
 The paper's symbols and the names they have here. B batch, T tokens, L loops, G rollouts, V vocabulary, and N the hard
@@ -123,7 +124,7 @@ class RPTConfig:
     lr: float = 1e-3  # peak learning rate
     estimator: Literal["sampled", "exact"] = "exact"  # draw an exit per rollout (the paper), or take the expectation
     rollouts: int = 1  # G, noisy latent rollouts (the paper: 8, with the sampled estimator)
-    noise_std: float = 0.0  # of the noise on the state fed to the next loop (the paper: 0.1; 0: no passes of their own)
+    noise_std: float = 0.0  # standard deviation of the noise on the state fed to the next loop (the paper: 0.1)
     normalize: bool = True  # divide the sampled advantages by their standard deviation (the paper)
     reward: Literal["clean", "rollout"] = "clean"  # from the clean pass (the paper), or recomputed on each rollout
     kl: Literal["k3", "full"] = "k3"  # at the gold token (the paper), or over the vocabulary
@@ -134,8 +135,8 @@ class RPTConfig:
     lambda_scale: float = 0.5  # how much dearer a loop is on an easy token
     pg_weight: float = 1.0  # weight of the policy loss
     rep_weight: float = 1.0  # weight of the representation loss
-    rep_loops: Literal["pay", "exits", "last"] = "pay"  # those that pay (the paper), all as visited, or the last
-    floor: float = 0.3  # share of it that the last loop has for itself (the paper: 0)
+    rep_loops: Literal["pay", "exits", "last"] = "pay"  # trains those that pay (the paper), all as visited, the last
+    floor: float = 0.3  # share of that loss which is the last loop's alone (the paper: 0)
     distill_weight: float = 0.3  # weight of the KL from the last loop, held constant, to the others (the paper: 0)
     ent_weight: float = 0.003  # weight of the entropy bonus (the paper: 0.01)
     kl_weight: float = 1e-4  # weight of the KL to the teacher
