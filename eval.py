@@ -13,6 +13,7 @@ A token counts as right if its logit is the largest. Tokens are sorted into buck
 import contextlib
 import json
 import math
+import shlex
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,8 @@ from data import Batch, Chain, DataConfig, Documents
 from model import KEPT, SLICE, LoopedTransformer, Precision, UserError, pick_device, report
 from sample import CacheRule, Exit, at_exit, generate
 
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the gate, to be shown
+FINE = tuple(sorted({*THRESHOLDS, *(1 / (1 + math.exp(-x / 2)) for x in range(-18, 19))}))  # of its curve, from 1e-4
 DIFFICULTY = {"easy": (0.5, 1.0), "medium": (1.0, 1.5), "hard": (1.5, math.inf)}  # nats of the first model's last loop
 console = Console()
 
@@ -194,11 +196,15 @@ def left_by(gate: Tensor) -> Tensor:
 
 
 def thresholds(reached: Tensor, rule: str) -> Tensor:
-    """Nine: the gate's are fixed, another rule's are the deciles of its numbers before the last loop.    N L -> 9"""
+    """The gate's are fixed, another rule's are as many quantiles of its numbers before the last loop.    N L -> K
+
+    They lie close, since a curve is read on straight lines: a chord would be below what a rival can do.
+    """
     if rule == "gate":
-        return torch.tensor(THRESHOLDS)
+        return torch.tensor(FINE)
     found = reached[:, :-1][reached[:, :-1].isfinite()].sort().values
-    return found[(torch.tensor(THRESHOLDS) * len(found)).long()] if len(found) else torch.zeros(len(THRESHOLDS))
+    quantiles = torch.linspace(0, 1, len(FINE) + 2)[1:-1]
+    return found[(quantiles * len(found)).long()] if len(found) else torch.zeros(len(FINE))
 
 
 def exits(reached: Tensor, threshold: float) -> Tensor:
@@ -246,19 +252,20 @@ class Tally(NamedTuple):
 
 
 def tally(s: Scores, tokens: Tensor) -> Tally:
-    """tokens: N, those that count."""
-    n, loops = int(s.row.max()) + 1, s.correct.shape[1]
+    """tokens: N, those that count. A document without any stays, so that all tallies of a source draw the same ones."""
+    n, row, correct = int(s.row.max()) + 1, s.row[tokens], s.correct[tokens]
+
+    def total(x: Tensor) -> Tensor:  # N ... -> D ...
+        return torch.zeros(n, *x.shape[1:], dtype=torch.float64).index_add_(0, row, x.double())
+
     rules = []
     for name, rule in RULES.items():
-        reached = rule(s)
-        for threshold in thresholds(reached[tokens], name):
+        reached, points = rule(s)[tokens], []
+        for threshold in thresholds(reached, name):
             leaves = exits(reached, threshold)  # N
-            rules.append(torch.stack((s.correct.gather(1, leaves[:, None])[:, 0].double(), leaves + 1.0), -1))
-    columns = torch.cat((torch.ones(len(s.row), 1), s.correct, s.logp, *rules), -1).double()  # N C
-    sums = columns.new_zeros(n, columns.shape[1]).index_add_(0, s.row[tokens], columns[tokens])
-    sums = sums[sums[:, 0] > 0]
-    ones, correct, logp, rest = sums.split((1, loops, loops, sums.shape[1] - 1 - 2 * loops), -1)
-    return Tally(ones[:, 0], correct, logp, rest.unflatten(-1, (len(RULES), len(THRESHOLDS), 2)))
+            points.append(total(torch.stack((correct.gather(1, leaves[:, None])[:, 0], leaves + 1), -1)))
+        rules.append(torch.stack(points, 1))  # D K 2
+    return Tally(total(torch.ones(len(row))), total(correct), total(s.logp[tokens]), torch.stack(rules, 1))
 
 
 def summary(s: Scores, tokens: Tensor) -> dict:
@@ -277,11 +284,12 @@ def summary(s: Scores, tokens: Tensor) -> dict:
     curves = {name: torch.stack(total.curve(name), -1)[0] for name in RULES}  # K+2 2
     sweep = [
         {"threshold": t, "accuracy": a, "loops": x}
-        for t, (x, a) in zip(THRESHOLDS, curves["gate"][1:-1].tolist(), strict=True)
+        for t, (x, a) in zip(FINE, curves["gate"][1:-1].tolist(), strict=True)
+        if t in THRESHOLDS
     ]
     correct, logp, gate = s.correct[tokens].double(), s.logp[tokens].double(), left_by(s.gate[tokens])
     drawn = []  # exits of the same spread as the gate's, but for any token
-    for threshold in THRESHOLDS:
+    for threshold in FINE:
         share = F.one_hot(exits(gate, threshold), loops).double().mean(0)  # L
         drawn.append([(share @ torch.arange(1.0, loops + 1).double()).item(), (share @ correct.mean(0)).item()])
     curves["random"] = torch.tensor([curves["gate"][0].tolist(), *drawn, curves["gate"][-1].tolist()])
@@ -322,8 +330,10 @@ def compare(pairs: list[tuple[Tally, Tally]], *, rounds: int = 2000, seed: int =
     """
     differences = []
     for pair in pairs:
+        if not torch.equal(pair[0].tokens, pair[1].tokens):
+            raise UserError("two models were scored on different tokens: score them again, in one run")
         a, b = (t.drawn(rounds, seed) for t in pair)
-        half = [tuple(x[:, THRESHOLDS.index(0.5) + 1] for x in t.curve("gate")) for t in (a, b)]
+        half = [tuple(x[:, FINE.index(0.5) + 1] for x in t.curve("gate")) for t in (a, b)]
         (loops, accuracy), (b_loops, b_accuracy) = half
         found = {f"by_loop {i + 1}": x for i, x in enumerate((a.by_loop() - b.by_loop()).T)}
         found |= {"at_half": accuracy - b_accuracy, "loops_at_half": loops - b_loops}
@@ -662,16 +672,20 @@ VARIANTS = {  # stage, whose learning rate of the track, and flags
     "gain": ("rpt", "paper", f"{EXACT} --rpt.select gain"),
     "no-deviation": ("rpt", "paper", "--paper --rpt.no-normalize"),
     "looprpt": ("rpt", "ours", ""),
+    "looprpt-no-distill": ("rpt", "ours", "--rpt.distill-weight 0"),
+    "looprpt-no-floor": ("rpt", "ours", "--rpt.floor 0"),
+    "looprpt-no-policy": ("rpt", "ours", "--rpt.pg-weight 0"),
+    "looprpt-no-price": ("rpt", "ours", "--rpt.lambda-base 0"),
 }
 TEXT = "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json"  # in the folder of the study
 TRACKS = {  # flags of all runs
-    "demo": "",
+    "demo": "--gate.steps 500",
     "text": f"{TEXT} --data.length 256 --model.layers 2 --model.width 192 --train.batch 8 --precision bf16 "
     "--train.compile on --pretrain.steps 2000 --rpt.steps 200 --gate.steps 200",
     "gpu": f"{TEXT} --data.length 512 --model.layers 8 --model.width 768 --model.heads 12 --train.batch 64 "
     "--pretrain.steps 2000 --pretrain.lr 1e-3 --rpt.steps 200 --gate.steps 200",
 }
-RATES = {  # learning rates, where not the defaults: on text each was the best of three on rows held out for that
+RATES = {  # learning rates, where not the defaults; LOG.md says how those of text were chosen
     "demo": {"gate": "1e-2"},
     "text": {"gate": "1e-2", "control": "3e-4", "paper": "1e-4"},
     "gpu": {"gate": "1e-2", "control": "3e-4", "paper": "1e-4", "ours": "3e-4"},
@@ -725,7 +739,8 @@ def study() -> None:
         for name in names:
             run, result = folder / f"seed-{seed}" / name, results / f"{name}-{seed}.json"
             checkpoint = run / {"pretrain": "base", "gate": "gate", "rpt": "rpt"}[VARIANTS[name][0]]
-            if not checkpoint.exists() and not train_variant(config, folder, seed, name):
+            if not train_variant(config, folder, seed, name, checkpoint):
+                console.print("stopped: the same command goes on", soft_wrap=True)
                 return
             if result.exists() and (run / "tally.safetensors").exists():
                 continue
@@ -736,16 +751,16 @@ def study() -> None:
             sums = {f"{side}.{key}": x for side in SIDES for key, x in tally(s, sets[side])._asdict().items()}
             save_file({key: x.contiguous() for key, x in sums.items()}, run / "tally.safetensors")
             log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-            every = max(1, len(log) // 50)
+            every, record = max(1, len(log) // 50), model.read_json(run / "run.json")
             write_result(
                 result,
                 {"track": config.track, "variant": name, "seed": seed}
-                | {"command": f"python looprpt.py {' '.join(command(config, folder, seed, name))}"}
-                | {"buckets": {name: summary(s, tokens) for name, tokens in sets.items()}}
+                | {"command": shlex.join(["python", "looprpt.py", *command(config, folder, seed, name)])}
+                | {"trained": record["starts"][-1], "buckets": {key: summary(s, x) for key, x in sets.items()}}
                 | {"training": [{k: now[k] for k in ("step", "loss", "loops")} for now in log[every - 1 :: every]]}
                 | provenance(pick_device(config.device)),
             )
-    against(config, folder, results, names)
+    against(config, folder, results)
 
 
 def gather_texts(config: StudyConfig, folder: Path) -> None:
@@ -757,7 +772,7 @@ def gather_texts(config: StudyConfig, folder: Path) -> None:
         if not (folder / f"{name}.jsonl").exists():
             pairs = [pair for file in files for pair in data.read(config.texts / f"{file}.jsonl")]
             lines = [json.dumps({"prompt": prompt or "", "response": text}) + "\n" for prompt, text in pairs]
-            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            write_whole(folder / f"{name}.jsonl", "".join(lines))
     if config.track in FILES and not (folder / "tokenizer.json").exists():
         vocab = 2048 if config.track == "text" else 8192
         data.train_tokenizer(folder / "words.jsonl", vocab, folder / "tokenizer.json")
@@ -767,21 +782,34 @@ def command(config: StudyConfig, folder: Path, seed: int, name: str) -> list[str
     """Flags of looprpt.py for a run of the study."""
     stage, whose, flags = VARIANTS[name]
     rate = f"--rpt.lr {RATES[config.track][whose]}" if whose in RATES[config.track] else ""
-    start = f"--init {folder / f'seed-{seed}' / 'base' / 'base'}" if name != "base" else ""
-    shared = f"{TRACKS[config.track].format(folder)} --seed {seed} --device {config.device}"
-    return f"--objective {stage} {start} {shared} {flags} {rate} --out {folder / f'seed-{seed}' / name}".split()
+    start = ["--init", str(folder / f"seed-{seed}" / "base" / "base")] if name != "base" else []
+    shared = [flag.format(folder) for flag in TRACKS[config.track].split()]
+    shared += ["--seed", str(seed), "--device", config.device, *flags.split(), *rate.split()]
+    return ["--objective", stage, *start, *shared, "--out", str(folder / f"seed-{seed}" / name)]
 
 
-def train_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> bool:
-    """One run, from its last state if it was cut off. False if somebody asked for an end."""
+def train_variant(config: StudyConfig, folder: Path, seed: int, name: str, checkpoint: Path) -> bool:
+    """One run, if it isn't there, from its last state if it was cut off. False if somebody asked for an end.
+
+    Raises UserError if what is there was trained with other flags.
+    """
     import looprpt
 
-    console.rule(f"{name}, seed {seed}")
-    flags = command(config, folder, seed, name)
-    if (folder / f"seed-{seed}" / name / "run.json").exists():
-        flags.append("--resume")
+    flags, record = command(config, folder, seed, name), folder / f"seed-{seed}" / name / "run.json"
     asked = looprpt.parse(flags)
     asked.check()
+    if record.exists():
+        saved = looprpt.revive(looprpt.Config, model.read_json(record)["config"])
+        given, found = looprpt.flags(asked), looprpt.flags(saved)
+        mute = {"out", "init", "resume", "device", "paper"}
+        mute |= {key for key in given if key.split(".")[0] in {*looprpt.FOLDER} - {*asked.objective}}  # of other stages
+        if other := [key for key in given if given[key] != found[key] and key not in mute]:
+            what = ", ".join(f"--{key.replace('_', '-')} {found[key]} for {given[key]}" for key in other)
+            raise UserError(f"{record.parent} was trained with {what}: move it away, or give another --out")
+    if checkpoint.exists():
+        return True
+    console.rule(f"{name}, seed {seed}")
+    asked = looprpt.parse([*flags, "--resume"]) if record.exists() else asked
     tokenizer = data.pick_tokenizer(asked.data, asked.init)
     rows, _, _ = data.split(asked.data, tokenizer, seed=seed)
     with looprpt.stop_signals() as stop:
@@ -791,37 +819,54 @@ def train_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> bo
 
 
 def score_variant(config: StudyConfig, folder: Path, checkpoint: Path) -> Scores:
-    """On the rows that the track reports on, in float32 on a CPU and bfloat16 on a GPU, as the track trains."""
+    """On the rows that the track reports on, as long as those it trains on; in float32 on a CPU, bfloat16 on a GPU."""
+    import looprpt
+
     rows, settings = None, DataConfig()
     if config.track in FILES:
-        settings = DataConfig(path=folder / "test.jsonl")
-        rows, _ = data.encode(settings.path, data.pick_tokenizer(settings, checkpoint), settings)
+        length = looprpt.parse(TRACKS[config.track].split()).data.length
+        settings = DataConfig(path=folder / "test.jsonl", length=length)
+        rows, notes = data.encode(settings.path, data.pick_tokenizer(settings, checkpoint), settings)
+        console.print(*notes, sep="\n", end="\n" * bool(notes), soft_wrap=True)
     source = data.source(rows, settings, batch=EvalConfig.batch, seed="study", held_out=True)
     device = pick_device(config.device)
     return score(model.load(checkpoint, device), source, device=device)
 
 
 SIDES = ("all", "hard")  # buckets on which variants are compared
-BESIDE = ("base", "stage-1", "exact")  # what every variant is compared with; the last one is compared with every other
+BESIDE = ("base", "stage-1", "sampled", "exact")  # what each variant is compared with; looprpt is with every other
 
 
-def against(config: StudyConfig, folder: Path, results: Path, names: Sequence[str]) -> None:
-    """Differences between variants, averaged over the seeds, with intervals from drawing documents."""
+def against(config: StudyConfig, folder: Path, results: Path) -> None:
+    """Differences between all variants that are scored, averaged over the seeds that both have, with intervals from
+    drawing documents."""
+    seeds: dict[str, set[int]] = {}
+    for path in results.glob("*-*.json"):
+        name, _, seed = path.stem.rpartition("-")
+        if name in VARIANTS and (folder / f"seed-{seed}" / name / "tally.safetensors").exists():
+            seeds.setdefault(name, set()).add(int(seed))
 
-    def tallies(name: str, bucket: str) -> list[Tally]:
-        files = (load_file(folder / f"seed-{seed}" / name / "tally.safetensors") for seed in config.of)
+    def tallies(name: str, of: list[int], bucket: str) -> list[Tally]:
+        files = (load_file(folder / f"seed-{seed}" / name / "tally.safetensors") for seed in of)
         return [Tally(*(found[f"{bucket}.{key}"] for key in Tally._fields)) for found in files]
 
-    pairs = [(a, b) for a in names for b in names if a != b and (b in BESIDE or a == "looprpt")]
-    found = {
-        bucket: {
-            f"{a} - {b}": compare([*zip(tallies(a, bucket), tallies(b, bucket), strict=True)])
-            for a, b in track(pairs, bucket, console=console, transient=True, disable=not console.is_terminal)
-        }
-        for bucket in SIDES
-    }
-    what = {"track": config.track, "seeds": [*config.of], "against": found}
+    pairs = [(a, b) for a in VARIANTS for b in VARIANTS if a != b and (b in BESIDE or a == "looprpt")]
+    pairs = [(a, b, sorted(seeds[a] & seeds[b])) for a, b in pairs if a in seeds and b in seeds]
+    found: dict[str, dict] = {bucket: {} for bucket in SIDES}
+    for a, b, of in track(pairs, "intervals", console=console, transient=True, disable=not console.is_terminal):
+        for bucket in SIDES:
+            sides = [*zip(tallies(a, of, bucket), tallies(b, of, bucket), strict=True)]
+            if of and all(side.tokens.sum() for side, _ in sides):
+                found[bucket][f"{a} - {b}"] = {"seeds": of} | compare(sides)
+    what = {"track": config.track, "against": found}
     write_result(results / "against.json", what | provenance(pick_device(config.device)))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def write_result(path: Path, found: dict) -> None:
@@ -834,19 +879,17 @@ def write_result(path: Path, found: dict) -> None:
             return [short(value) for value in x]
         return float(f"{x:.5g}") if isinstance(x, float) else x
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(short(found)) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps(short(found)) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables and pictures of a study, from its files alone
 
 
-def load_study(paths: Sequence[Path]) -> tuple[dict[str, list[dict]], dict]:
-    """The runs of each variant, in the order of VARIANTS, and the differences between variants.
+def load_study(paths: Sequence[Path], bucket: str = "all") -> tuple[dict[str, list[dict]], dict]:
+    """The runs of each variant in the order of VARIANTS, and the differences between variants in a bucket.
 
-    Raises UserError for files that are not of one study.
+    Raises UserError for files that are not of one study, or not of the same seeds for every variant.
     """
     runs: dict[str, list[dict]] = {}
     found, tracks = {}, set()
@@ -854,17 +897,29 @@ def load_study(paths: Sequence[Path]) -> tuple[dict[str, list[dict]], dict]:
         if not path.is_file():
             raise UserError(f"{path} is not a file: give the files of one folder, results/demo/*.json")
         file = model.read_json(path)
-        if "variant" in file:
-            runs.setdefault(file["variant"], []).append(file)
-        elif "against" in file:
-            found = file["against"]
-        else:
+        if "track" not in file or not file.keys() & {"variant", "against"}:
             raise UserError(
                 f"{path} is no result of `eval.py study`: give the files of one folder, results/demo/*.json"
             )
         tracks.add(file["track"])
+        if "against" in file:
+            found = file["against"].get(bucket, {})
+            continue
+        if bucket not in file["buckets"]:
+            raise UserError(f"{path} has no bucket {bucket}: it has {', '.join(file['buckets'])}")
+        runs.setdefault(file["variant"], []).append(file)
     if not runs or len(tracks) > 1:
-        raise UserError(f"the files are of {len(tracks)} studies: give those of one folder, results/demo/*.json")
+        what = (
+            f"the files are of {' and '.join(sorted(tracks))}" if runs else "there is no run's file among those given"
+        )
+        raise UserError(f"{what}: give the files of one folder, results/demo/*.json")
+    seeds = {name: sorted(run["seed"] for run in each) for name, each in runs.items()}
+    first = next(iter(seeds))
+    for name, given in seeds.items():
+        if given != seeds[first] or len({*given}) < len(given):
+            raise UserError(
+                f"{name} has the seeds {given}, {first} has {seeds[first]}: give one file for each seed of each"
+            )
     return {name: runs[name] for name in [*VARIANTS, *sorted(runs.keys() - VARIANTS)] if name in runs}, found
 
 
@@ -875,30 +930,33 @@ def at_half(part: dict) -> tuple[float, float]:
 
 def study_table(paths: Sequence[Path], bucket: str = "all", only: Sequence[str] = ()) -> str:
     """Markdown: a row for each variant, mean and standard deviation over the seeds."""
-    runs, found = load_study(paths)
+    runs, found = load_study(paths, bucket)
     if unknown := [name for name in only if name not in runs]:
         raise UserError(f"--only {' '.join(unknown)}: there are no such runs, there are {', '.join(runs)}")
-    if missing := [path for path in paths if bucket not in model.read_json(path).get("buckets", {bucket: 0})]:
-        raise UserError(f"--bucket {bucket} is not in {missing[0]}: all, easy, medium and hard are")
     first = next(iter(runs.values()))
-    loops = len(first[0]["buckets"][bucket]["by_loop"])
+    seeds, loops = sorted(run["seed"] for run in first), len(first[0]["buckets"][bucket]["by_loop"])
     heads = ["", *(f"loop {i + 1}" for i in range(loops)), "at q = 0.5", "loops there", "area", "looprpt ahead by"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
 
-    def cell(values: list[float], digits: int) -> str:
+    def cell(values: list, digits: int) -> str:
+        if None in values:
+            return "–"
         spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{spread}"
+
+    def percent(x: float | None) -> float | None:
+        return None if x is None else 100 * x
 
     for name in only or runs:
         parts = [run["buckets"][bucket] for run in runs[name]]
         left, accuracy = zip(*map(at_half, parts), strict=True)
-        cells = [cell([100 * part["by_loop"][i] for part in parts], 1) for i in range(loops)]
-        cells += [cell([100 * x for x in accuracy], 1), cell([*left], 2)]
-        cells.append(cell([100 * part["area"]["gate"] for part in parts], 1))
-        interval = found.get(bucket, {}).get(f"looprpt - {name}", {}).get("matched gate")
-        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * x for x in interval)) if interval else "")
+        cells = [cell([percent(part["by_loop"][i]) for part in parts], 1) for i in range(loops)]
+        cells += [cell([*map(percent, accuracy)], 1), cell([*left], 2)]
+        cells.append(cell([percent(part.get("area", {}).get("gate")) for part in parts], 1))
+        ahead = found.get(f"looprpt - {name}", {})
+        interval = ahead["matched gate"] if ahead.get("seeds") == seeds else None
+        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(percent, interval)) if interval else "")
         lines.append("| " + " | ".join([name, *cells]) + " |")
-    seeds = sorted(run["seed"] for run in first)
     tokens = " / ".join(f"{run['buckets'][bucket]['tokens']:,}" for run in first)
     commits = ", ".join(sorted({run["commit"][:7] for found in runs.values() for run in found if run["commit"]}))
     lines.append(f"\nSeeds {', '.join(map(str, seeds))}; {tokens} tokens ({bucket}); commit {commits or 'unknown'}.")
@@ -948,8 +1006,10 @@ def plot(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs, _ = load_study(files)
+    runs, _ = load_study(files, bucket)
     runs = {name: found for name, found in runs.items() if name in STYLES}
+    if not runs or any(not run["buckets"][bucket]["tokens"] for found in runs.values() for run in found):
+        raise UserError(f"nothing to draw: it takes tokens in {bucket}, and runs of {', '.join(STYLES)}")
     make_folder(out)
     track = next(iter(runs.values()))[0]["track"]
 
@@ -968,8 +1028,8 @@ def plot(
             axes.grid(alpha=0.3)
         if panels > 1:  # the second one: around where the gates leave at threshold 0.5
             x, y = torch.tensor([at_half(run["buckets"][bucket]) for found in runs.values() for run in found]).T
-            every[0, 1].set_xlim(x.min() - 0.2, x.max() + 0.2)
-            every[0, 1].set_ylim(100 * y.min() - 0.5, 100 * y.max() + 0.5)
+            every[0, 1].set_xlim(x.min().item() - 0.2, x.max().item() + 0.2)
+            every[0, 1].set_ylim(100 * y.min().item() - 0.5, 100 * y.max().item() + 0.5)
         every[0, 0].set_ylabel(ylabel)
         every[0, -1].legend(frameon=False, fontsize=8)
         figure.savefig(out / f"{track}-{name}.png", dpi=150)
@@ -1000,7 +1060,7 @@ def plot(
     picture("pareto", "average loops (large mark: threshold 0.5)", f"accuracy in %, {bucket} tokens", pareto, panels=2)
     picture("by-loop", "loop", f"accuracy in %, {bucket} tokens", by_loop)
     picture("exits", "loop", "tokens that leave after it, in %, threshold 0.5", leave)
-    picture("training", "step", "average loops in training", training)
+    picture("training", "step", "average loops of the tokens trained on", training)
 
 
 def main() -> None:

@@ -641,7 +641,8 @@ def train(
     A step whose loss or gradient is not finite changes nothing. Raises UserError after train.max_bad_steps in a row.
     """
     stage, cfg = run.stage, getattr(config, run.stage)
-    source = data.source(rows, config.data, batch=config.train.batch, seed=f"{config.seed}/{stage}")
+    order = f"{config.seed}/{'pretrain' if stage == 'pretrain' else 'rpt'}"  # the stages after it see the same rows
+    source = data.source(rows, config.data, batch=config.train.batch, seed=order)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     batch = source.batch(run.step, rank=rank, world=world)
     while run.step < cfg.steps and not run.stopped:
@@ -1196,7 +1197,7 @@ def revive(kind: type, found: dict):
     values = {}
     for name, hint in get_type_hints(kind).items():
         if name not in found and not is_dataclass(hint):
-            continue  # a flag that came later: it has its default
+            continue  # a flag that came later
         value = found[name]
         if isinstance(value, dict):
             value = revive(hint, value)
@@ -1205,10 +1206,18 @@ def revive(kind: type, found: dict):
         elif isinstance(value, str) and "Path" in str(hint):
             value = Path(value)
         values[name] = value
-    return kind(**values)
+    return replace(PAPER if kind is RPTConfig else kind(), **values)  # what came later changes no older run
 
 
-FIXED = ("objective", "init", "seed", "model.", "data.", "train.batch")  # what a run stays with when it is resumed
+FIXED = (
+    "objective",
+    "init",
+    "seed",
+    "paper",
+    "model.",
+    "data.",
+    "train.batch",
+)  # what a run stays with when it is resumed
 
 
 def flags(config, group: str = "") -> dict[str, object]:

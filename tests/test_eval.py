@@ -9,7 +9,7 @@ from torch.testing import assert_close
 import data
 import eval
 from eval import Scores, Tally
-from model import LoopedTransformer, ModelConfig
+from model import LoopedTransformer, ModelConfig, UserError
 
 L = 4
 
@@ -82,7 +82,7 @@ def test_a_summary_is_what_its_words_say(scores):
         assert [x for x, _ in curve] == sorted(x for x, _ in curve), rule
     leave = [slow_exit(scores, "gate", 0.5, t) for t in tokens]
     share = [leave.count(loop) / n for loop in range(L)]
-    point = found["curves"]["random"][eval.THRESHOLDS.index(0.5) + 1]
+    point = found["curves"]["random"][eval.FINE.index(0.5) + 1]
     assert point == pytest.approx(
         [
             sum((i + 1) * s for i, s in enumerate(share)),
@@ -191,7 +191,32 @@ def test_scores_are_those_of_each_token_and_know_their_document():
     assert k == len(s.row)
 
 
-def test_documents_without_a_token_of_the_bucket_are_no_documents_of_it(scores):
-    each = eval.tally(scores, scores.row != 3)
+def test_documents_without_a_token_of_the_bucket_are_drawn_too(scores):
+    """Otherwise seeds whose buckets differ would draw different documents, and their errors would seem independent."""
+    each, every = eval.tally(scores, scores.row != 3), eval.tally(scores, torch.ones(60, dtype=torch.bool))
     assert isinstance(each, Tally)
-    assert len(each.tokens) == len({*scores.row.tolist()} - {3})
+    assert each.tokens[3] == 0 < every.tokens[3]
+    assert len(each.tokens) == len(every.tokens)
+    other = [n for n in range(7) if n != 3]
+    assert_close(each.drawn(0, 0).tokens[0], every.tokens[other].sum())
+    same, part = every.drawn(20, 0), each.drawn(20, 0)
+    left = same.tokens - part.tokens
+    assert_close(left / every.tokens[3], (left / every.tokens[3]).round(), msg="whole documents are missing")
+    with pytest.raises(UserError, match="different tokens"):
+        eval.compare([(each, every)], rounds=5)
+
+
+def test_a_rival_is_read_off_a_fine_curve():
+    """A gate that is exact but calibrated elsewhere: what it does at threshold 0.003 has to be found, and a model that
+    is the same but for the place of its threshold is ahead by nothing."""
+    g = torch.Generator().manual_seed(0)
+    n = 4000
+    first = torch.randint(L, (n,), generator=g)  # the loop from which on a token is right
+    correct = torch.arange(L) >= first[:, None]
+    sure = torch.where(correct, 4.0, -4.0) + torch.randn(n, L, generator=g)
+    zeros = torch.zeros(n, L)
+    make = lambda gate: Scores(correct, gate, zeros, zeros, zeros, zeros, zeros, torch.arange(n) // 20, None)  # noqa: E731
+    every = torch.ones(n, dtype=torch.bool)
+    found = eval.compare([(eval.tally(make(sure), every), eval.tally(make(sure - 5.5), every))], rounds=50)
+    assert abs(found["matched gate"][0]) < 0.01
+    assert found["loops_at_half"][0] < -0.5, "at the same threshold they differ"

@@ -131,6 +131,47 @@ def test_a_study_that_was_cut_off_goes_on(tmp_path, monkeypatch):
         assert (a["buckets"], a["training"]) == (b["buckets"], b["training"])
 
 
+def test_a_run_with_other_flags_is_not_taken_for_one_of_these(done, monkeypatch):
+    monkeypatch.setitem(eval.TRACKS, "demo", f"{TINY} {STEPS} --rpt.lambda-base 0.5 --gate.steps 9")
+    with pytest.raises(
+        UserError, match=r"stage-1|looprpt was trained with --rpt.lambda-base 0.05 for 0.5: move it away"
+    ):
+        study(monkeypatch, done)
+
+
+def test_differences_are_of_all_seeds_that_both_have_whatever_the_last_call_was_for(done, monkeypatch):
+    where = ("--out", done[0], "--results", done[1], "--device", "cpu")
+    call(monkeypatch, "study", "--start", 1, "--seeds", 1, "--only", "stage-1", *where)
+    found = json.loads((done[1] / "against.json").read_text())["against"]["all"]
+    assert found["looprpt - stage-1"]["seeds"] == [0, 1]
+
+
+def test_a_table_takes_the_same_seeds_of_every_variant(done, monkeypatch):
+    some = [path for path in files(done[1]) if path.name != "looprpt-1.json"]
+    with pytest.raises(UserError, match=r"looprpt has the seeds \[0\], base has \[0, 1\]"):
+        call(monkeypatch, "table", *some)
+    with pytest.raises(UserError, match="base has the seeds"):
+        call(monkeypatch, "table", *files(done[1]), done[1] / "base-0.json")
+    for program in ("table", "plot"):
+        with pytest.raises(UserError, match=r"base-0\.json has no bucket best: it has all, easy"):
+            call(monkeypatch, program, *files(done[1]), "--bucket", "best")
+
+
+def test_a_bucket_without_tokens_is_no_end_of_a_study(done, tmp_path, monkeypatch, capsys):
+    for path in files(done[1]):
+        found = json.loads(path.read_text())
+        if "buckets" in found:
+            scores = found["buckets"]["all"]
+            empty = {"tokens": 0, "by_loop": [None] * 3, "ce": [None] * 3, "sweep": [dict(scores["sweep"][4])]}
+            empty["sweep"][0] |= {"accuracy": None, "loops": None}
+            found["buckets"]["hard"] = empty
+        (tmp_path / path.name).write_text(json.dumps(found))
+    call(monkeypatch, "table", *files(tmp_path), "--bucket", "hard")
+    assert "| base | – | – | – | – | – | – |" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing to draw"):
+        call(monkeypatch, "plot", *files(tmp_path), "--bucket", "hard", "--out", tmp_path / "assets")
+
+
 def test_text_is_trained_on_some_files_and_reported_on_another(tmp_path, monkeypatch):
     texts = tmp_path / "texts"
     texts.mkdir()
@@ -206,7 +247,7 @@ def test_pictures_of_a_study(done, monkeypatch, tmp_path):
     [
         (["study", "--seeds", "0"], "below 1"),
         (["study", "--only", "best"], "no such variant, the variants are base"),
-        (["table"], "give those of one folder"),
+        (["table"], "no run's file among those given: give the files of one folder"),
         (["table", "results/bench.json"], "no result of `eval.py study`"),
         (["plot", "nowhere.json"], "nowhere.json"),
     ],
