@@ -228,7 +228,7 @@ class Tally(NamedTuple):
         """Totals of documents drawn so often.    weights W D -> each with W for D"""
         return Tally(*(torch.tensordot(weights, x, 1) for x in self))
 
-    def drawn(self, rounds: int, seed: int) -> "Tally":
+    def drawn(self, rounds: int = 2000, seed: int = 0) -> "Tally":
         """Totals of the documents themselves, then of as many drawn from them, the same for every model.    -> 1+W"""
         n, generator = len(self.tokens), data.seeded("bootstrap", seed)
         found = [self.over(torch.ones(1, n).double())]
@@ -319,9 +319,9 @@ def area(curve: Tensor) -> float:
     return (torch.trapezoid(accuracy, loops) / (loops[-1] - loops[0])).item()
 
 
-def compare(pairs: list[tuple[Tally, Tally]], *, rounds: int = 2000, seed: int = 0) -> dict:
+def compare(pairs: list[tuple[Tally, Tally]]) -> dict:
     """The first of each pair less the second, averaged over the pairs (seeds), with 95 % intervals by a bootstrap that
-    draws documents, the same for all.
+    draws documents, the same for all. The tallies are `drawn` ones, of as many rounds.
 
     by_loop  accuracy after each loop
     at_half  accuracy where the gates leave at threshold 0.5; loops_at_half: their average loops there
@@ -329,10 +329,9 @@ def compare(pairs: list[tuple[Tally, Tally]], *, rounds: int = 2000, seed: int =
     matched  accuracy there less that of the second's curve of each exit rule, at the first's number of loops
     """
     differences = []
-    for pair in pairs:
-        if not torch.equal(pair[0].tokens, pair[1].tokens):
+    for a, b in pairs:
+        if not torch.equal(a.tokens, b.tokens):
             raise UserError("two models were scored on different tokens: score them again, in one run")
-        a, b = (t.drawn(rounds, seed) for t in pair)
         half = [tuple(x[:, FINE.index(0.5) + 1] for x in t.curve("gate")) for t in (a, b)]
         (loops, accuracy), (b_loops, b_accuracy) = half
         found = {f"by_loop {i + 1}": x for i, x in enumerate((a.by_loop() - b.by_loop()).T)}
@@ -357,11 +356,12 @@ def results(scores: Mapping[str, Scores], *, device: torch.device, seed: int) ->
     """What results.json holds. The buckets are those of the first model, and the others are compared with it."""
     first = next(iter(scores.values()))
     sets, loops = buckets(first), first.correct.shape[1]
+    reference = tally(first, sets["all"]).drawn(seed=seed) if len(scores) > 1 and loops > 1 else None
     models = {}
     for name, s in scores.items():
         models[name] = {"buckets": {bucket: summary(s, tokens) for bucket, tokens in sets.items()}}
         if s is not first and s.correct.shape[1] == loops > 1:
-            models[name]["beside_first"] = compare([(tally(s, sets["all"]), tally(first, sets["all"]))], seed=seed)
+            models[name]["beside_first"] = compare([(tally(s, sets["all"]).drawn(seed=seed), reference)])
     return {"models": models} | provenance(device) | {"seed": seed}
 
 
@@ -748,6 +748,9 @@ def study() -> None:
             first = first or score_variant(config, folder, folder / f"seed-{seed}" / "base" / "base")
             s = first if name == "base" else score_variant(config, folder, checkpoint)
             sets = buckets(first)
+            found = {key: summary(s, tokens) for key, tokens in sets.items()}
+            for key in found.keys() - {"all", *DIFFICULTY}:
+                found[key].pop("curves", None)  # by operand they are many, and nobody draws them
             sums = {f"{side}.{key}": x for side in SIDES for key, x in tally(s, sets[side])._asdict().items()}
             save_file({key: x.contiguous() for key, x in sums.items()}, run / "tally.safetensors")
             log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -756,7 +759,7 @@ def study() -> None:
                 result,
                 {"track": config.track, "variant": name, "seed": seed}
                 | {"command": shlex.join(["python", "looprpt.py", *command(config, folder, seed, name)])}
-                | {"trained": record["starts"][-1], "buckets": {key: summary(s, x) for key, x in sets.items()}}
+                | {"trained": record["starts"][-1], "buckets": found}
                 | {"training": [{k: now[k] for k in ("step", "loss", "loops")} for now in log[every - 1 :: every]]}
                 | provenance(pick_device(config.device)),
             )
@@ -846,18 +849,20 @@ def against(config: StudyConfig, folder: Path, results: Path) -> None:
         if name in VARIANTS and (folder / f"seed-{seed}" / name / "tally.safetensors").exists():
             seeds.setdefault(name, set()).add(int(seed))
 
-    def tallies(name: str, of: list[int], bucket: str) -> list[Tally]:
-        files = (load_file(folder / f"seed-{seed}" / name / "tally.safetensors") for seed in of)
-        return [Tally(*(found[f"{bucket}.{key}"] for key in Tally._fields)) for found in files]
-
     pairs = [(a, b) for a in VARIANTS for b in VARIANTS if a != b and (b in BESIDE or a == "looprpt")]
     pairs = [(a, b, sorted(seeds[a] & seeds[b])) for a, b in pairs if a in seeds and b in seeds]
-    found: dict[str, dict] = {bucket: {} for bucket in SIDES}
-    for a, b, of in track(pairs, "intervals", console=console, transient=True, disable=not console.is_terminal):
-        for bucket in SIDES:
-            sides = [*zip(tallies(a, of, bucket), tallies(b, of, bucket), strict=True)]
-            if of and all(side.tokens.sum() for side, _ in sides):
-                found[bucket][f"{a} - {b}"] = {"seeds": of} | compare(sides)
+    found: dict[str, dict] = {}
+    for bucket in SIDES:
+        drawn = {}
+        places = [(name, seed) for name in seeds for seed in seeds[name]]
+        for name, seed in track(places, bucket, console=console, transient=True, disable=not console.is_terminal):
+            sums = load_file(folder / f"seed-{seed}" / name / "tally.safetensors")
+            drawn[name, seed] = Tally(*(sums[f"{bucket}.{key}"] for key in Tally._fields)).drawn()
+        found[bucket] = {
+            f"{a} - {b}": {"seeds": of} | compare([(drawn[a, seed], drawn[b, seed]) for seed in of])
+            for a, b, of in pairs
+            if of and all(drawn[a, seed].tokens.all() for seed in of)
+        }
     what = {"track": config.track, "against": found}
     write_result(results / "against.json", what | provenance(pick_device(config.device)))
 

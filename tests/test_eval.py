@@ -14,6 +14,10 @@ from model import LoopedTransformer, ModelConfig, UserError
 L = 4
 
 
+def compare(pairs, rounds):
+    return eval.compare([(a.drawn(rounds), b.drawn(rounds)) for a, b in pairs])
+
+
 @pytest.fixture
 def scores():
     """Sixty tokens in seven documents."""
@@ -123,7 +127,7 @@ def test_intervals_come_from_drawing_documents(scores):
     other = scores._replace(correct=scores.correct.roll(1, 0) | scores.correct, gate=scores.gate.flip(1))
     every = torch.ones(60, dtype=torch.bool)
     a, b = eval.tally(other, every), eval.tally(scores, every)
-    found = eval.compare([(a, b)], rounds=4000)
+    found = compare([(a, b)], rounds=4000)
     documents = [(scores.row == d).nonzero().flatten().tolist() for d in range(7)]
     documents = [d for d in documents if d]
 
@@ -143,7 +147,7 @@ def test_intervals_come_from_drawing_documents(scores):
         middle, low, high = found[f"by_loop {i + 1}"]
         assert middle == pytest.approx(straight[i])
         assert [low, high] == pytest.approx(limits[:, i].tolist(), abs=0.015)
-    same = eval.compare([(a, a)], rounds=50)
+    same = compare([(a, a)], rounds=50)
     for name, (middle, low, high) in same.items():
         if (name != "peak" and not name.startswith("matched")) or name == "matched gate":
             assert middle == low == high == pytest.approx(0, abs=1e-12), name
@@ -152,7 +156,7 @@ def test_intervals_come_from_drawing_documents(scores):
 def test_seeds_are_averaged_on_the_same_documents(scores):
     every = torch.ones(60, dtype=torch.bool)
     a, b = eval.tally(scores, every), eval.tally(scores._replace(correct=~scores.correct), every)
-    one, other, both = (eval.compare(pairs, rounds=20) for pairs in ([(a, b)], [(b, a)], [(a, b), (b, a)]))
+    one, other, both = (compare(pairs, rounds=20) for pairs in ([(a, b)], [(b, a)], [(a, b), (b, a)]))
     for name in ("by_loop 1", "at_half"):
         assert one[name][0] == pytest.approx(-other[name][0])
         assert both[name] == pytest.approx([0, 0, 0], abs=1e-12)
@@ -203,7 +207,7 @@ def test_documents_without_a_token_of_the_bucket_are_drawn_too(scores):
     left = same.tokens - part.tokens
     assert_close(left / every.tokens[3], (left / every.tokens[3]).round(), msg="whole documents are missing")
     with pytest.raises(UserError, match="different tokens"):
-        eval.compare([(each, every)], rounds=5)
+        compare([(each, every)], rounds=5)
 
 
 def test_a_rival_is_read_off_a_fine_curve():
@@ -217,6 +221,6 @@ def test_a_rival_is_read_off_a_fine_curve():
     zeros = torch.zeros(n, L)
     make = lambda gate: Scores(correct, gate, zeros, zeros, zeros, zeros, zeros, torch.arange(n) // 20, None)  # noqa: E731
     every = torch.ones(n, dtype=torch.bool)
-    found = eval.compare([(eval.tally(make(sure), every), eval.tally(make(sure - 5.5), every))], rounds=50)
+    found = compare([(eval.tally(make(sure), every), eval.tally(make(sure - 5.5), every))], rounds=50)
     assert abs(found["matched gate"][0]) < 0.01
     assert found["loops_at_half"][0] < -0.5, "at the same threshold they differ"
