@@ -726,6 +726,8 @@ class StudyConfig:
 
 def study() -> None:
     """`python eval.py study`: see StudyConfig."""
+    import looprpt
+
     config = tyro.cli(StudyConfig, args=sys.argv[2:], prog="eval.py study")
     config.check()
     folder = config.out or Path("out") / f"study-{config.track}"
@@ -738,7 +740,7 @@ def study() -> None:
         first = None
         for name in names:
             run, result = folder / f"seed-{seed}" / name, results / f"{name}-{seed}.json"
-            checkpoint = run / {"pretrain": "base", "gate": "gate", "rpt": "rpt"}[VARIANTS[name][0]]
+            checkpoint = run / looprpt.FOLDER[VARIANTS[name][0]]
             if not train_variant(config, folder, seed, name, checkpoint):
                 console.print("stopped: the same command goes on", soft_wrap=True)
                 return

@@ -1209,15 +1209,8 @@ def revive(kind: type, found: dict):
     return replace(PAPER if kind is RPTConfig else kind(), **values)  # what came later changes no older run
 
 
-FIXED = (
-    "objective",
-    "init",
-    "seed",
-    "paper",
-    "model.",
-    "data.",
-    "train.batch",
-)  # what a run stays with when it is resumed
+# What a run stays with when it is resumed
+FIXED = ("objective", "init", "seed", "paper", "model.", "data.", "train.batch")
 
 
 def flags(config, group: str = "") -> dict[str, object]:
