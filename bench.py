@@ -606,7 +606,7 @@ def race(name: str, config: SpeedConfig, setup: Callable) -> None:
         table.add_row(*speed_cells(row))
     console.print(table)
     if config.out:
-        looprpt.write_json(config.out, {"runs": [*gathered(config.out), result]})
+        model.write_json(config.out, {"runs": [*gathered(config.out), result]})
 
 
 HEADS = ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU")

@@ -643,7 +643,7 @@ def harness() -> None:
     if config.out:
         what = {"harness": scores, "exit": f"{exit.rule}:{exit.threshold:g}", "cache": config.cache}
         device = net.embed_tokens.weight.device
-        config.out.write_text(json.dumps(what | provenance(device) | {"seed": config.seed}, indent=1) + "\n")
+        model.write_json(config.out, what | provenance(device) | {"seed": config.seed})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -669,8 +669,6 @@ VARIANTS = {  # stage, whose learning rate of the track, and flags
     "no-kl": ("rpt", "paper", f"{EXACT} --rpt.kl-weight 0"),
     "no-price": ("rpt", "paper", f"{EXACT} --rpt.lambda-base 0"),
     "full-kl": ("rpt", "paper", f"{EXACT} --rpt.kl full --rpt.kl-weight 0.1"),
-    "gain": ("rpt", "paper", f"{EXACT} --rpt.select gain"),
-    "no-deviation": ("rpt", "paper", "--paper --rpt.no-normalize"),
     "looprpt": ("rpt", "ours", ""),
     "looprpt-no-distill": ("rpt", "ours", "--rpt.distill-weight 0"),
     "looprpt-no-floor": ("rpt", "ours", "--rpt.floor 0"),
@@ -777,7 +775,7 @@ def gather_texts(config: StudyConfig, folder: Path) -> None:
         if not (folder / f"{name}.jsonl").exists():
             pairs = [pair for file in files for pair in data.read(config.texts / f"{file}.jsonl")]
             lines = [json.dumps({"prompt": prompt or "", "response": text}) + "\n" for prompt, text in pairs]
-            write_whole(folder / f"{name}.jsonl", "".join(lines))
+            model.write_whole(folder / f"{name}.jsonl", "".join(lines))
     if config.track in FILES and not (folder / "tokenizer.json").exists():
         vocab = 2048 if config.track == "text" else 8192
         data.train_tokenizer(folder / "words.jsonl", vocab, folder / "tokenizer.json")
@@ -869,15 +867,8 @@ def against(config: StudyConfig, folder: Path, results: Path) -> None:
     write_result(results / "against.json", what | provenance(pick_device(config.device)))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def write_result(path: Path, found: dict) -> None:
-    """As JSON, numbers with five digits, whole or not at all."""
+    """As JSON, numbers with five digits."""
 
     def short(x):
         if isinstance(x, dict):
@@ -886,7 +877,7 @@ def write_result(path: Path, found: dict) -> None:
             return [short(value) for value in x]
         return float(f"{x:.5g}") if isinstance(x, float) else x
 
-    write_whole(path, json.dumps(short(found)) + "\n")
+    model.write_whole(path, json.dumps(short(found)) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1107,7 +1098,7 @@ def main() -> None:
     found = results(scores, device=device, seed=config.seed)
     show(found)
     if config.out:
-        config.out.write_text(json.dumps(found, indent=1) + "\n")
+        model.write_json(config.out, found)
 
 
 if __name__ == "__main__":

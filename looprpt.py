@@ -125,11 +125,8 @@ class RPTConfig:
     estimator: Literal["sampled", "exact"] = "exact"  # draw an exit per rollout (the paper), or take the expectation
     rollouts: int = 1  # G, noisy latent rollouts (the paper: 8, with the sampled estimator)
     noise_std: float = 0.0  # standard deviation of the noise on the state fed to the next loop (the paper: 0.1)
-    normalize: bool = True  # divide the sampled advantages by their standard deviation (the paper)
-    reward: Literal["clean", "rollout"] = "clean"  # from the clean pass (the paper), or recomputed on each rollout
     kl: Literal["k3", "full"] = "k3"  # at the gold token (the paper), or over the vocabulary
     rho: float = 1.0  # share of the counted tokens of a row that are hard, and trained on (the paper: 0.2)
-    select: Literal["entropy", "gain"] = "entropy"  # hard: the teacher unsure (the paper), or helped most by its loops
     tau: float = 0.5  # cumulative exit probability at which the teacher leaves
     lambda_base: float = 0.05  # price of a loop, nats (the paper: 0.02)
     lambda_scale: float = 0.5  # how much dearer a loop is on an easy token
@@ -306,21 +303,19 @@ def draw_exits(logpi: Tensor, generator: torch.Generator | None) -> Tensor:
     return (logpi[..., :-1].exp().cumsum(-1) <= drawn).sum(-1)
 
 
-def sampled_policy_loss(rollout_logpi: Tensor, exits: Tensor, reward: Tensor, normalize: bool = True) -> Tensor:
-    """The paper's policy gradient: a drawn exit against the token's other rollouts.    N G L, N G, N G L -> N    (7)"""
-    index = exits[..., None]  # N G 1
-    earned = reward.gather(-1, index).squeeze(-1)  # N G
-    advantage = standardized(earned) if normalize else earned - earned.mean(-1, keepdim=True)  # N G
-    return -(advantage.detach() * rollout_logpi.gather(-1, index).squeeze(-1)).mean(-1)
+def sampled_policy_loss(rollout_logpi: Tensor, exits: Tensor, reward: Tensor) -> Tensor:
+    """The paper's policy gradient: a drawn exit against the token's other rollouts.    N G L, N G, N L -> N    (7)"""
+    advantage = standardized(reward.gather(-1, exits))  # N G
+    return -(advantage.detach() * rollout_logpi.gather(-1, exits[..., None]).squeeze(-1)).mean(-1)
 
 
 def exact_policy_loss(rollout_logpi: Tensor, reward: Tensor) -> Tensor:
-    """The same gradient without the draw, and not divided by a deviation.    N G L, N G L -> N
+    """The same gradient without the draw, and not divided by a deviation.    N G L, N L -> N
 
     Every reward is known, so -sum_l pi_g(l) A(l) with A(l) = R(l) - sum_j pi_g(j) R(j) has the gradient that the drawn
     exits only estimate. Its value is always 0: read the reward, not this loss.
     """
-    pi = rollout_logpi.exp()  # N G L
+    pi, reward = rollout_logpi.exp(), reward[:, None]  # N G L, N 1 L
     advantage = reward - (pi * reward).sum(-1, keepdim=True)  # N G L
     return -(pi * advantage.detach()).sum(-1).mean(-1)
 
@@ -467,13 +462,7 @@ def rpt_step(
         (entropy.view(-1)[where],) = in_chunks(lambda h: (entropy_of(teacher.logits(h)),), last, words=vocab)
 
         # 2 Hard tokens: from here on, N of them are all that reaches the vocabulary
-        score = entropy
-        if cfg.select == "gain":
-            ends = teacher_hidden[:, :, :: max(1, n_loops - 1)].flatten(0, 1)[where]  # N 2 D
-            logp = gold_logp(teacher, ends, batch.targets.flatten()[where])  # N 2
-            score = entropy.clone()
-            score.view(-1)[where] = logp[:, -1] - logp[:, 0]
-        chosen = hard_tokens(score, put(batch.mask, device), cfg.rho).flatten().nonzero_static(size=n)[:, 0]  # N
+        chosen = hard_tokens(entropy, put(batch.mask, device), cfg.rho).flatten().nonzero_static(size=n)[:, 0]  # N
 
         def hard(x: Tensor) -> Tensor:  # B T ... -> N ...
             return x.flatten(0, 1)[chosen]
@@ -503,34 +492,24 @@ def rpt_step(
 
     # 6 Noisy latent rollouts: loop 1 is the clean pass's, and the last loop's gate is never used
     #   (without noise all of a rollout is the clean pass's)
-    noise = {"noise_std": cfg.noise_std, "generator": generator}
     rollout_logpi = repeat(logpi, "n l -> n g l", g=cfg.rollouts)
-    rollout_reward = repeat(reward, "n l -> n g l", g=cfg.rollouts)
     if noisy(cfg):
-        states = [repeat(out.hidden[:, :, :1], "b t l d -> (b g) t l d", g=cfg.rollouts)]
-        gates = [repeat(out.gate[:, :, :1], "b t l -> (b g) t l", g=cfg.rollouts)]
+        gate = repeat(out.gate[:, :, :1], "b t l -> (b g) t l", g=cfg.rollouts)
         if n_loops > 2:
-            rollout = student(states[0][:, :, 0], loops=n_loops - 2, **noise)
-            states, gates = [*states, rollout.hidden], [*gates, rollout.gate]
-        gate = F.pad(torch.cat(gates, -1), (0, 1))  # (b g) T L
+            start = repeat(out.hidden[:, :, 0], "b t d -> (b g) t d", g=cfg.rollouts)
+            rollout = student(start, loops=n_loops - 2, noise_std=cfg.noise_std, generator=generator)
+            gate = torch.cat((gate, rollout.gate), -1)
+        gate = F.pad(gate, (0, 1))  # (b g) T L
         rollout_logpi = exit_logpdf(hard(rearrange(gate, "(b g) t l -> b t g l", g=cfg.rollouts)))  # N G L
-    if noisy(cfg) and cfg.reward == "rollout":
-        with torch.no_grad():
-            states.append(student(states[-1][:, :, -1], loops=1, **noise).hidden)
-            found = hard(rearrange(torch.cat(states, 2), "(b g) t l d -> b t g l d", g=cfg.rollouts))
-            rollout_targets = repeat(targets, "n -> (n g)", g=cfg.rollouts)
-            noisy_logp = gold_logp(student, rearrange(found, "n g l d -> (n g) l d"), rollout_targets)
-        noisy_logp = rearrange(noisy_logp, "(n g) l -> n g l", g=cfg.rollouts)
-        rollout_reward = exit_reward(noisy_logp, baseline[:, None], price[:, None], ref_loop[:, None])
 
     # 7 Policy
     if cfg.estimator == "sampled":
         exits = draw_exits(rollout_logpi.detach(), generator)  # N G
-        pg = sampled_policy_loss(rollout_logpi, exits, rollout_reward, cfg.normalize)
-        earned = rollout_reward.gather(-1, exits[..., None]).squeeze(-1)  # N G
+        pg = sampled_policy_loss(rollout_logpi, exits, reward)
+        earned = reward.gather(-1, exits)  # N G
     else:
-        pg = exact_policy_loss(rollout_logpi, rollout_reward)
-        earned = (rollout_logpi.detach().exp() * rollout_reward).sum(-1)  # N G
+        pg = exact_policy_loss(rollout_logpi, reward)
+        earned = (rollout_logpi.detach().exp() * reward[:, None]).sum(-1)  # N G
 
     # 8 Representation   9 Entropy bonus   10 KL to the teacher
     rep = representation_loss(logp, logpi, reward, cfg.rep_loops, cfg.floor)
@@ -717,8 +696,7 @@ def step_flops(stage: Stage, c: ModelConfig, cfg, batch: Batch) -> float:
         return c.loops * (loop + tokens * word)
     hard = hard_count(batch.mask, cfg.rho).sum().item()
     teacher = c.loops * (loop + hard * word) + tokens * word
-    again = cfg.reward == "rollout"  # the rewards of each rollout, forward only
-    rollouts = cfg.rollouts * (3 * (c.loops - 2) * loop + again * (loop + c.loops * hard * word))
+    rollouts = 3 * cfg.rollouts * (c.loops - 2) * loop
     return teacher + 3 * c.loops * (loop + hard * word) + (rollouts if noisy(cfg) else 0)
 
 
@@ -913,13 +891,6 @@ def load_run(state: Path, config: Config, device: torch.device, spread: Callable
     return run
 
 
-def write_json(path: Path, found: dict) -> None:
-    """Write a file whole, or leave the old one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(found, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def trim_log(path: Path, done: tuple[Stage, ...], stage: Stage, step: int) -> None:
     """Keep of a log the stages that are done and this one's steps up to `step`: the rest will be done again."""
     kept = []
@@ -930,9 +901,7 @@ def trim_log(path: Path, done: tuple[Stage, ...], stage: Stage, step: int) -> No
             continue  # a line that was being written when the run ended
         if now["stage"] in done or (now["stage"] == stage and now["step"] <= step):
             kept.append(line + "\n")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    model.write_whole(path, "".join(kept))
 
 
 def start_record(config: Config, device: torch.device, world: int) -> dict:
@@ -1088,7 +1057,7 @@ def main() -> None:
                 for name, path in models.items()
             }
             found = eval.results(scores, device=device, seed=config.seed)
-            write_json(folder / "results.json", found)
+            model.write_json(folder / "results.json", found)
             eval.show(found)
 
 
@@ -1134,7 +1103,7 @@ def run_stages(
         if config.resume and (folder / "run.json").exists():  # the flags stay those of the first start
             record |= {"finished": None, "starts": []} | model.read_json(folder / "run.json") | {"finished": None}
         record["starts"].append(start_record(config, device, world))
-        write_json(folder / "run.json", record)
+        model.write_json(folder / "run.json", record)
         size = f"{parameters:,} parameters, {shape.loops} loops, on {world} x {device.type}"
         console.print(f"{size}; the run goes to {folder}", soft_wrap=True)
     to = sink(config, folder) if rank == 0 else None
@@ -1178,7 +1147,7 @@ def run_stages(
                 student = model.load(last, device) if world > 1 else run.student
         models[target.name if target.name not in models else str(target)] = target
     if rank == 0:
-        write_json(folder / "run.json", record | {"finished": now_text()})
+        model.write_json(folder / "run.json", record | {"finished": now_text()})
     return models
 
 

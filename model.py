@@ -587,6 +587,17 @@ def read_json(path: Path) -> dict:
     return found
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole, or leave the old one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, found: dict) -> None:
+    write_whole(path, json.dumps(found, indent=1, default=str) + "\n")
+
+
 def load_config(folder: Path) -> ModelConfig:
     """Shape of the checkpoint in a folder. Raises UserError if it isn't one, or isn't Ouro's architecture."""
     path = folder / "config.json"

@@ -180,8 +180,8 @@ def test_fewer_loops_may_be_asked_of_a_checkpoint_but_no_other_shape(run, tmp_pa
     "flags",
     [
         "--paper",
-        "--rpt.estimator sampled --rpt.rollouts 8 --rpt.no-normalize --rpt.select gain --rpt.rep-loops last",
-        "--rpt.reward rollout --rpt.kl full",
+        "--rpt.estimator sampled --rpt.rollouts 8 --rpt.rep-loops last",
+        "--rpt.kl full",
         "--precision bf16",
         "--model.layers 2 --model.kv-heads 2 --model.loops 2",
     ],

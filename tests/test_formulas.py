@@ -180,10 +180,10 @@ def test_exits_are_drawn_from_each_rollouts_own_distribution():
 
 
 def test_sampled_policy_loss_compares_each_rollout_with_the_others_of_its_token():
-    logpi, reward, exits = logpi_like(N, G, L), rand(N, G, L), torch.randint(L, (N, G))
+    logpi, reward, exits = logpi_like(N, G, L), rand(N, L), torch.randint(L, (N, G))
     rows = []
     for n in range(N):
-        paid = [reward[n, g, exits[n, g]].item() for g in range(G)]
+        paid = [reward[n, exits[n, g]].item() for g in range(G)]
         advantage = plain_standardized(paid)
         rows.append(-mean(advantage[g] * logpi[n, g, exits[n, g]].item() for g in range(G)))
     expect(looprpt.sampled_policy_loss(logpi, exits, reward), rows)
@@ -192,7 +192,7 @@ def test_sampled_policy_loss_compares_each_rollout_with_the_others_of_its_token(
 
 def test_a_group_that_was_paid_alike_moves_nothing():
     logpi, exits = logpi_like(N, G, L), torch.zeros(N, G, dtype=torch.long)
-    assert not looprpt.sampled_policy_loss(logpi, exits, torch.ones(N, G, L, dtype=torch.float64)).any()
+    assert not looprpt.sampled_policy_loss(logpi, exits, torch.ones(N, L, dtype=torch.float64)).any()
 
 
 def policy_gradient(gate, loss):
@@ -202,7 +202,7 @@ def policy_gradient(gate, loss):
 
 
 def test_exact_policy_gradient_is_that_of_the_expected_reward():
-    gate, reward = rand(N, G, L), rand(N, G, L)
+    gate, reward = rand(N, G, L), rand(N, L)
     found = policy_gradient(gate, lambda logpi: looprpt.exact_policy_loss(logpi, reward))
     expected = torch.zeros_like(gate)
     for n, g, i in itertools.product(range(N), range(G), range(L)):
@@ -210,7 +210,7 @@ def test_exact_policy_gradient_is_that_of_the_expected_reward():
         def value(step, n=n, g=g, i=i):
             row = gate[n, g].tolist()
             row[i] += step
-            return sum(p * r for p, r in zip(plain_exit_pdf(row), reward[n, g].tolist(), strict=True))
+            return sum(p * r for p, r in zip(plain_exit_pdf(row), reward[n].tolist(), strict=True))
 
         expected[n, g, i] = -(value(1e-5) - value(-1e-5)) / 2e-5 / G
     assert_close(found, expected, rtol=0, atol=1e-9)
@@ -219,7 +219,7 @@ def test_exact_policy_gradient_is_that_of_the_expected_reward():
 
 def test_sampled_gradient_averages_to_the_exact_one():
     """Over all draws of a pair of rollouts, with a plainly centred advantage: (G - 1) / G of the exact gradient."""
-    gate, reward = rand(1, 1, L).expand(1, 2, L), rand(1, 1, L).expand(1, 2, L)
+    gate, reward = rand(1, 1, L).expand(1, 2, L), rand(1, L)
     total = torch.zeros(1, 2, L, dtype=torch.float64)
     probability = exit_logpdf(gate)[0, 0].exp()
     with pytest.MonkeyPatch.context() as patch:
@@ -234,10 +234,10 @@ def test_sampled_gradient_averages_to_the_exact_one():
 
 def test_sampled_gradient_tends_to_the_exact_one_over_the_deviation_as_rollouts_grow():
     many = 200_000
-    gate, reward = rand(1, 1, L), rand(1, 1, L)
-    gates, rewards = gate.repeat(1, many, 1), reward.repeat(1, many, 1)
+    gate, reward = rand(1, 1, L), rand(1, L)
+    gates = gate.repeat(1, many, 1)
     exits = looprpt.draw_exits(exit_logpdf(gates), torch.Generator().manual_seed(0))
-    sampled = policy_gradient(gates, lambda p: looprpt.sampled_policy_loss(p, exits, rewards)).sum(1)
+    sampled = policy_gradient(gates, lambda p: looprpt.sampled_policy_loss(p, exits, reward)).sum(1)
     pi = exit_logpdf(gate).exp()
     deviation = ((pi * reward**2).sum() - (pi * reward).sum() ** 2).sqrt()
     exact = policy_gradient(gate, lambda p: looprpt.exact_policy_loss(p, reward)).sum(1)
@@ -250,9 +250,8 @@ def test_the_reference_changes_no_gradient():
 
     def gradients(baseline, ref_loop):
         reward = looprpt.exit_reward(logp, baseline, price, ref_loop)
-        rollout_reward = reward[:, None].expand(N, G, L)
-        yield policy_gradient(gate, lambda p: looprpt.sampled_policy_loss(p, exits, rollout_reward))
-        yield policy_gradient(gate, lambda p: looprpt.exact_policy_loss(p, rollout_reward))
+        yield policy_gradient(gate, lambda p: looprpt.sampled_policy_loss(p, exits, reward))
+        yield policy_gradient(gate, lambda p: looprpt.exact_policy_loss(p, reward))
         x = logp.clone().requires_grad_()
         looprpt.representation_loss(x, exit_logpdf(gate[:, 0]), reward).sum().backward()
         yield x.grad
@@ -306,15 +305,6 @@ def test_distillation_pulls_the_earlier_loops_towards_the_last_and_never_the_las
     assert logits.grad[:, :-1].any(-1).all()
     nearer = logits.detach() - 0.1 * logits.grad
     assert (looprpt.distillation(nearer) < looprpt.distillation(logits)).all()
-
-
-def test_advantages_can_go_undivided():
-    logpi, exits, reward = logpi_like(N, G, L), torch.randint(L, (N, G)), rand(N, G, L)
-    rows = []
-    for n in range(N):
-        earned = [reward[n, g, exits[n, g]].item() for g in range(G)]
-        rows.append(-mean((r - mean(earned)) * logpi[n, g, exits[n, g]].item() for g, r in enumerate(earned)))
-    expect(looprpt.sampled_policy_loss(logpi, exits, reward, False), rows)
 
 
 def test_k3():

@@ -87,10 +87,8 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
             ref_states, ref_gates = slow_rollout(teacher, ids, quiet)
             p = teacher.lm_head(ref_states[-1]).softmax(-1)
             entropy = -(p * p.log()).sum(-1)
-            ends = [[slow_logp(teacher, ref_states[i][t], batch.targets[b, t]) for i in (0, -1)] for t in range(T)]
-        choice = [last - first for first, last in ends] if cfg.select == "gain" else entropy
         counted = [t for t in range(T) if batch.mask[b, t]]
-        hard = sorted(counted, key=lambda t: -choice[t])[: math.ceil(cfg.rho * len(counted))]
+        hard = sorted(counted, key=lambda t: -entropy[t])[: math.ceil(cfg.rho * len(counted))]
         states, gates = slow_rollout(student, ids, quiet)
         rollouts = [slow_rollout(student, ids, [n[b * cfg.rollouts + g] for n in noise]) for g in range(cfg.rollouts)]
         for t in hard:
@@ -108,15 +106,13 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
             logp, pi = [slow_logp(student, s[t], y) for s in states], slow_pdf([g[t] for g in gates])
             rewards = [reward(states, i) for i in range(loops)]
             paid, chosen, exact = [], [], 0.0
-            for g, (noisy_states, noisy_gates) in enumerate(rollouts):
-                own = [reward(noisy_states, i) for i in range(loops)] if cfg.reward == "rollout" else rewards
+            for g, (_, noisy_gates) in enumerate(rollouts):
                 pi_g = slow_pdf([x[t] for x in noisy_gates])
-                exact = exact - sum(p * r for p, r in zip(pi_g, own, strict=True)) / cfg.rollouts
-                paid.append(own[draw(b, t, g)])
+                exact = exact - sum(p * r for p, r in zip(pi_g, rewards, strict=True)) / cfg.rollouts
+                paid.append(rewards[draw(b, t, g)])
                 chosen.append(pi_g[draw(b, t, g)].log())
             if cfg.estimator == "sampled":
-                paid = slow_standardized(paid) if cfg.normalize else torch.stack(paid) - sum(paid) / len(paid)
-                pg = -(paid * torch.stack(chosen)).mean()
+                pg = -(slow_standardized(paid) * torch.stack(chosen)).mean()
             else:
                 pg = exact - exact.detach()  # a centred advantage: the gradient of the expectation, the value 0
             advantage = slow_standardized(rewards).clamp(min=0)
@@ -147,16 +143,15 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
 FORMS = [
     {"estimator": "sampled"},
     {"estimator": "exact"},
-    {"estimator": "sampled", "reward": "rollout"},
-    {"estimator": "exact", "reward": "rollout", "kl": "full"},
+    {"estimator": "exact", "kl": "full"},
     {"estimator": "sampled", "loops": 2},
-    {"estimator": "exact", "reward": "rollout", "loops": 2},
+    {"estimator": "exact", "loops": 2},
     {"estimator": "exact", "noise_std": 0.0},
-    {"estimator": "sampled", "noise_std": 0.0, "normalize": False},
-    {"estimator": "exact", "reward": "rollout", "noise_std": 0.0, "floor": 0.3},
+    {"estimator": "sampled", "noise_std": 0.0},
+    {"estimator": "exact", "noise_std": 0.0, "floor": 0.3},
     {"estimator": "exact", "rep_loops": "exits", "floor": 0.3, "distill_weight": 0.6},
     {"estimator": "exact", "rep_loops": "last", "pg_weight": 0.0, "floor": 0.3},
-    {"estimator": "sampled", "select": "gain", "distill_weight": 0.6, "kl": "full"},
+    {"estimator": "sampled", "distill_weight": 0.6, "kl": "full"},
     {"estimator": "sampled", "rho": 1.0, "tau": 0.9, "kl": "full"},
 ]
 
@@ -254,11 +249,9 @@ def test_every_loss_weight_and_choice_of_a_variant_is_what_its_name_says():
         "no-noise": {"noise_std": 0.0},
         "no-kl": {"kl_weight": 0.0},
         "no-price": {"lambda_base": 0.0},
-        "gain": {"select": "gain"},
     }
     for name, change in changes.items():
         assert study_config(name) == replace(exact, **change), name
-    assert study_config("no-deviation") == replace(published, normalize=False)
     assert study_config("looprpt") == RPTConfig()
 
 
@@ -302,10 +295,10 @@ def test_step_measures_reward_and_loops_in_the_units_a_reader_expects(batch):
 
 
 @pytest.mark.parametrize(
-    ("loops", "reward", "expected"),
-    [(2, "clean", []), (3, "clean", [1]), (4, "clean", [2]), (2, "rollout", [1]), (4, "rollout", [2, 1])],
+    ("loops", "expected"),
+    [(2, []), (3, [1]), (4, [2])],
 )
-def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, loops, reward, expected):
+def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, loops, expected):
     ran, forward = [], LoopedTransformer.forward
 
     def counting(net, x, **how):
@@ -314,10 +307,10 @@ def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, 
 
     monkeypatch.setattr(LoopedTransformer, "forward", counting)
     student, teacher = make(0, loops=loops), make(1, loops=loops)
-    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G, reward=reward), counts=Counts(13, 5))
+    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G), counts=Counts(13, 5))
     assert ran == [(B, loops), (B, loops)] + [(B * G, n) for n in expected]
     ran.clear()
-    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G, reward=reward, noise_std=0), counts=Counts(13, 5))
+    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G, noise_std=0), counts=Counts(13, 5))
     assert ran == [(B, loops), (B, loops)], "without noise a rollout is the clean pass"
 
 
@@ -335,7 +328,7 @@ def test_logits_come_in_slices_with_the_same_result(batch, monkeypatch, objectiv
     """Never more than a slice's at once; where all together are too many, the backward pass makes them again."""
     made, logits = [], LoopedTransformer.logits
     monkeypatch.setattr(LoopedTransformer, "logits", lambda net, h: made.append(h.shape[:-1].numel()) or logits(net, h))
-    cfg = RPTConfig(rollouts=G, rho=1, noise_std=0, kl=objective, kl_weight=1, reward="rollout")
+    cfg = RPTConfig(rollouts=G, rho=1, noise_std=0, kl=objective, kl_weight=1)
     found = []
     for size in (2**23, 90):  # of logits: 90 are two tokens of four loops
         monkeypatch.setattr(looprpt, "SLICE", size)
@@ -355,12 +348,11 @@ def test_logits_come_in_slices_with_the_same_result(batch, monkeypatch, objectiv
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "exact"])
-@pytest.mark.parametrize("reward", ["clean", "rollout"])
-def test_no_step_waits_for_the_device(batch, estimator, reward):
+def test_no_step_waits_for_the_device(batch, estimator):
     """On the meta device no value can be read, so whatever asks for one fails: it would wait for a GPU."""
     student, teacher = make(0).to("meta"), make(1).to("meta")
     there = Batch(batch.inputs.to("meta"), batch.targets.to("meta"), batch.mask)
-    cfg = RPTConfig(estimator=estimator, rollouts=G, reward=reward, kl="full", rho=0.4)
+    cfg = RPTConfig(estimator=estimator, rollouts=G, kl="full", rho=0.4)
     for step in (
         lambda: rpt_step(student, teacher, there, cfg, counts=counts_of(batch, 0.4)),
         lambda: looprpt.pretrain_step(student, there, looprpt.PretrainConfig(), counts=counts_of(batch, 0.4)),
