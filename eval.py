@@ -17,7 +17,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -929,8 +929,7 @@ def at_half(part: dict) -> tuple[float, float]:
 def study_table(paths: Sequence[Path], bucket: str = "all", only: Sequence[str] = ()) -> str:
     """Markdown: a row for each variant, mean and standard deviation over the seeds."""
     runs, found = load_study(paths, bucket)
-    if unknown := [name for name in only if name not in runs]:
-        raise UserError(f"--only {' '.join(unknown)}: there are no such runs, there are {', '.join(runs)}")
+    names = chosen(only, runs, "--only")
     first = next(iter(runs.values()))
     seeds, loops = sorted(run["seed"] for run in first), len(first[0]["buckets"][bucket]["by_loop"])
     heads = ["", *(f"loop {i + 1}" for i in range(loops)), "at q = 0.5", "loops there", "area", "looprpt ahead by"]
@@ -945,7 +944,7 @@ def study_table(paths: Sequence[Path], bucket: str = "all", only: Sequence[str] 
     def percent(x: float | None) -> float | None:
         return None if x is None else 100 * x
 
-    for name in only or runs:
+    for name in names:
         parts = [run["buckets"][bucket] for run in runs[name]]
         left, accuracy = zip(*map(at_half, parts), strict=True)
         cells = [cell([percent(part["by_loop"][i]) for part in parts], 1) for i in range(loops)]
@@ -961,8 +960,49 @@ def study_table(paths: Sequence[Path], bucket: str = "all", only: Sequence[str] 
     return "\n".join(lines)
 
 
+def loops_table(
+    paths: Sequence[Path], at_loops: Sequence[float], bucket: str = "all", only: Sequence[str] = (), rules=()
+) -> str:
+    """Markdown: accuracy at given average numbers of loops, a row for each variant and exit rule, the best in bold.
+
+    Means over the seeds, read off each one's curve on straight lines.
+    """
+    runs, _ = load_study(paths, bucket)
+    names = chosen(only, runs, "--only")
+    curves = runs[names[0]][0]["buckets"][bucket].get("curves", {})
+    rules = chosen(rules, curves, "--rules")
+    most = max(x for x, _ in curves["gate"])
+    if wrong := [x for x in at_loops if not 1 <= x <= most]:
+        raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {most:g} loops")
+    rows = {}
+    for name in names:
+        for rule in rules:
+            found = torch.tensor([run["buckets"][bucket]["curves"][rule] for run in runs[name]])  # seeds K 2
+            rows[name, rule] = [
+                100 * at(torch.full((len(found),), x), *found.unbind(-1)).mean().item() for x in at_loops
+            ]
+    best = [f"{max(column):.1f}" for column in zip(*rows.values(), strict=True)]
+    heads = ["", "leaves by", *(f"at {x:g}" for x in at_loops)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for labels, values in rows.items():
+        cells = [f"**{x:.1f}**" if f"{x:.1f}" == top else f"{x:.1f}" for x, top in zip(values, best, strict=True)]
+        lines.append("| " + " | ".join([*labels, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def chosen(names: Sequence[str], among: Collection[str], flag: str) -> list[str]:
+    """Those of the names, or all if there are none. Raises UserError for one that isn't there."""
+    if unknown := [name for name in names if name not in among]:
+        raise UserError(f"{flag} {' '.join(unknown)}: there is no such thing, there are {', '.join(among)}")
+    return [*(names or among)]
+
+
 def table(
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional], bucket: str = "all", only: tuple[str, ...] = ()
+    files: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    bucket: str = "all",
+    only: tuple[str, ...] = (),
+    at_loops: tuple[float, ...] = (),
+    rules: tuple[str, ...] = (),
 ) -> None:
     """A study as Markdown: accuracy in % after each loop and where the gate leaves at threshold 0.5, mean loops there,
     mean accuracy under the curve, and how far looprpt is ahead at its own number of loops (95 % interval).
@@ -971,8 +1011,10 @@ def table(
         files: what `eval.py study` wrote.
         bucket: all, easy, medium or hard.
         only: these variants (none: all).
+        at_loops: instead, accuracy at these average numbers of loops, by every exit rule.
+        rules: only by these exit rules (none: all).
     """
-    print(study_table(files, bucket, only))
+    print(loops_table(files, at_loops, bucket, only, rules) if at_loops else study_table(files, bucket, only))
 
 
 STYLES = {  # colours that differ for everybody, and marks that differ in print

@@ -1,5 +1,6 @@
 """The study: what is run, what is done again, what its files, tables and pictures say."""
 
+import itertools
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from eval import VARIANTS
 from model import UserError
 
 TINY = "--data.operands 3 --data.val-rows 1000 --model.loops 3 --model.width 16 --model.heads 2 --train.batch 8"
+DEMO = ("results/demo/base-0.json", "results/demo/looprpt-0.json")
 STEPS = "--pretrain.steps 6 --rpt.steps 4 --gate.steps 4"
 
 
@@ -235,6 +237,29 @@ def test_a_table_has_the_mean_and_the_spread_over_the_seeds(done, monkeypatch, c
     assert len(re.findall("^[|]", capsys.readouterr().out, re.MULTILINE)) == 3
 
 
+def test_a_table_of_what_each_exit_rule_makes_of_a_number_of_loops(done, monkeypatch, capsys):
+    call(monkeypatch, "table", *files(done[1]), "--at-loops", 1, 2.5, 3, "--only", "base", "looprpt")
+    out = capsys.readouterr().out
+    lines = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in out.splitlines()]
+    assert lines[0] == ["", "leaves by", "at 1", "at 2.5", "at 3"]
+    assert [line[:2] for line in lines[2:]] == [[n, r] for n in ("base", "looprpt") for r in (*eval.RULES, "random")]
+    parts = [json.loads((done[1] / f"looprpt-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
+    for column, loop in ((2, 0), (4, 2)):  # a curve begins and ends with all tokens at one loop
+        assert {line[column] for line in lines[8:]} == {f"{50 * sum(part['by_loop'][loop] for part in parts):.1f}"}
+    between = []
+    for part in parts:
+        curve = part["curves"]["kl"]
+        (x0, y0), (x1, y1) = next(pair for pair in itertools.pairwise(curve) if pair[0][0] <= 2.5 < pair[1][0])
+        between.append(y0 + (2.5 - x0) / (x1 - x0) * (y1 - y0))
+    kl = next(line for line in lines if line[:2] == ["looprpt", "kl"])
+    assert float(kl[3]) == pytest.approx(50 * sum(between), abs=0.06)
+    for column in range(2, 5):
+        bold = [line.split("|")[1:-1][column] for line in out.splitlines()[2:] if "**" in line.split("|")[column + 1]]
+        assert {float(cell.strip(" *")) for cell in bold} == {max(float(line[column]) for line in lines[2:])}
+    call(monkeypatch, "table", *files(done[1]), "--at-loops", 2, "--rules", "gate")
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
 def test_pictures_of_a_study(done, monkeypatch, tmp_path):
     call(monkeypatch, "plot", *files(done[1]), "--out", tmp_path / "assets")
     pictures = {path.name: path.stat().st_size for path in (tmp_path / "assets").iterdir()}
@@ -247,6 +272,9 @@ def test_pictures_of_a_study(done, monkeypatch, tmp_path):
     [
         (["study", "--seeds", "0"], "below 1"),
         (["study", "--only", "best"], "no such variant, the variants are base"),
+        (["table", *DEMO, "--only", "best"], "--only best: there is no such thing, there are base"),
+        (["table", *DEMO, "--at-loops", "2", "--rules", "best"], "--rules best: .* there are gate, confidence"),
+        (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),
         (["table"], "no run's file among those given: give the files of one folder"),
         (["table", "results/bench.json"], "no result of `eval.py study`"),
         (["plot", "nowhere.json"], "nowhere.json"),
