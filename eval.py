@@ -668,7 +668,6 @@ VARIANTS = {  # stage, whose learning rate of the track, and flags
     "no-noise": ("rpt", "paper", f"{EXACT} --rpt.noise-std 0"),
     "no-kl": ("rpt", "paper", f"{EXACT} --rpt.kl-weight 0"),
     "no-price": ("rpt", "paper", f"{EXACT} --rpt.lambda-base 0"),
-    "full-kl": ("rpt", "paper", f"{EXACT} --rpt.kl full --rpt.kl-weight 0.1"),
     "looprpt": ("rpt", "ours", ""),
     "looprpt-no-distill": ("rpt", "ours", "--rpt.distill-weight 0"),
     "looprpt-no-floor": ("rpt", "ours", "--rpt.floor 0"),

@@ -125,7 +125,6 @@ class RPTConfig:
     estimator: Literal["sampled", "exact"] = "exact"  # draw an exit per rollout (the paper), or take the expectation
     rollouts: int = 1  # G, noisy latent rollouts (the paper: 8, with the sampled estimator)
     noise_std: float = 0.0  # standard deviation of the noise on the state fed to the next loop (the paper: 0.1)
-    kl: Literal["k3", "full"] = "k3"  # at the gold token (the paper), or over the vocabulary
     rho: float = 1.0  # share of the counted tokens of a row that are hard, and trained on (the paper: 0.2)
     tau: float = 0.5  # cumulative exit probability at which the teacher leaves
     lambda_base: float = 0.05  # price of a loop, nats (the paper: 0.02)
@@ -354,12 +353,6 @@ def k3_kl(logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return (ratio.exp() - ratio - 1).mean(-1)
 
 
-def full_kl(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) over the vocabulary, averaged over the loops.    N L V, N L V -> N"""
-    teacher = teacher_logits.detach().log_softmax(-1)
-    return (teacher.exp() * (teacher - logits.log_softmax(-1))).sum(-1).mean(-1)
-
-
 def stage1_loss(logp: Tensor, logpi: Tensor, beta: float) -> Tensor:
     """Expected cross-entropy over the exits, less their entropy.    N L, N L -> N    (Ouro, Eq. 4)"""
     pi = logpi.exp()
@@ -477,14 +470,12 @@ def rpt_step(
     out = student(batch.inputs)
     hidden, logpi = hard(out.hidden), exit_logpdf(hard(out.gate))  # N L D, N L
 
-    def at_words(h: Tensor, target: Tensor, teacher_h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def at_words(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logits = student.logits(h)  # n L V
         logp = logp_of(logits, target)
-        shallow = distillation(logits) if cfg.distill_weight else torch.zeros_like(logp[:, 0])
-        away = full_kl(logits, teacher.logits(teacher_h)) if cfg.kl == "full" else torch.zeros_like(logp[:, 0])
-        return logp, shallow, away
+        return logp, distillation(logits) if cfg.distill_weight else torch.zeros_like(logp[:, 0])
 
-    logp, shallow, away = in_chunks(at_words, hidden, targets, teacher_hidden, words=n_loops * vocab)  # N L, N, N
+    logp, distill = in_chunks(at_words, hidden, targets, words=n_loops * vocab)  # N L, N
 
     # 5 Reward of leaving after each loop
     price = time_price(entropy, vocab, cfg.lambda_base, cfg.lambda_scale)  # N
@@ -514,10 +505,10 @@ def rpt_step(
     # 8 Representation   9 Entropy bonus   10 KL to the teacher
     rep = representation_loss(logp, logpi, reward, cfg.rep_loops, cfg.floor)
     ent = (logpi.exp() * logpi).sum(-1)
-    kl = k3_kl(logp, teacher_logp) if cfg.kl == "k3" else away
+    kl = k3_kl(logp, teacher_logp)
 
     # 11 Total: means over the hard tokens of the global batch (each term is N)
-    terms = {"pg": pg, "rep": rep, "ent": ent, "kl": kl, "distill": shallow, "reward": earned.mean(-1)}
+    terms = {"pg": pg, "rep": rep, "ent": ent, "kl": kl, "distill": distill, "reward": earned.mean(-1)}
     mean = {name: term.sum() / counts.hard for name, term in terms.items()}
     loss = cfg.pg_weight * mean["pg"] + cfg.rep_weight * mean["rep"] + cfg.distill_weight * mean["distill"]
     loss = loss + cfg.ent_weight * mean["ent"] + cfg.kl_weight * mean["kl"]

@@ -125,15 +125,8 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
             earlier = [student.lm_head(s[t]).log_softmax(-1) for s in states[:-1]]
             distill = sum((last.exp() * (last - x)).sum() for x in earlier) / len(earlier)
             ent = sum(p * p.log() for p in pi)
-            if cfg.kl == "k3":
-                ratio = [r - x for r, x in zip(ref_logp, logp, strict=True)]
-                kl = sum(r.exp() - r - 1 for r in ratio) / loops
-            else:
-                kl = 0.0
-                for i in range(loops):
-                    p, q = teacher.lm_head(ref_states[i][t]).detach(), student.lm_head(states[i][t])
-                    p, q = p.log_softmax(-1), q.log_softmax(-1)
-                    kl = kl + (p.exp() * (p - q)).sum() / loops
+            ratio = [r - x for r, x in zip(ref_logp, logp, strict=True)]
+            kl = sum(r.exp() - r - 1 for r in ratio) / loops
             total = cfg.pg_weight * pg + cfg.rep_weight * rep + cfg.ent_weight * ent + cfg.kl_weight * kl
             total = total + cfg.distill_weight * distill
             terms.append(total)
@@ -143,7 +136,6 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
 FORMS = [
     {"estimator": "sampled"},
     {"estimator": "exact"},
-    {"estimator": "exact", "kl": "full"},
     {"estimator": "sampled", "loops": 2},
     {"estimator": "exact", "loops": 2},
     {"estimator": "exact", "noise_std": 0.0},
@@ -151,8 +143,8 @@ FORMS = [
     {"estimator": "exact", "noise_std": 0.0, "floor": 0.3},
     {"estimator": "exact", "rep_loops": "exits", "floor": 0.3, "distill_weight": 0.6},
     {"estimator": "exact", "rep_loops": "last", "pg_weight": 0.0, "floor": 0.3},
-    {"estimator": "sampled", "distill_weight": 0.6, "kl": "full"},
-    {"estimator": "sampled", "rho": 1.0, "tau": 0.9, "kl": "full"},
+    {"estimator": "sampled", "distill_weight": 0.6},
+    {"estimator": "sampled", "rho": 1.0, "tau": 0.9},
 ]
 
 
@@ -323,12 +315,12 @@ def test_only_hard_tokens_reach_the_vocabulary(batch, monkeypatch):
     assert seen == [counts.tokens, counts.hard * 4, counts.hard * 4]
 
 
-@pytest.mark.parametrize("objective", ["pretrain", "k3", "full"])
+@pytest.mark.parametrize("objective", ["pretrain", "rpt"])
 def test_logits_come_in_slices_with_the_same_result(batch, monkeypatch, objective):
     """Never more than a slice's at once; where all together are too many, the backward pass makes them again."""
     made, logits = [], LoopedTransformer.logits
     monkeypatch.setattr(LoopedTransformer, "logits", lambda net, h: made.append(h.shape[:-1].numel()) or logits(net, h))
-    cfg = RPTConfig(rollouts=G, rho=1, noise_std=0, kl=objective, kl_weight=1)
+    cfg = RPTConfig(rollouts=G, rho=1, noise_std=0, kl_weight=1)
     found = []
     for size in (2**23, 90):  # of logits: 90 are two tokens of four loops
         monkeypatch.setattr(looprpt, "SLICE", size)
@@ -352,7 +344,7 @@ def test_no_step_waits_for_the_device(batch, estimator):
     """On the meta device no value can be read, so whatever asks for one fails: it would wait for a GPU."""
     student, teacher = make(0).to("meta"), make(1).to("meta")
     there = Batch(batch.inputs.to("meta"), batch.targets.to("meta"), batch.mask)
-    cfg = RPTConfig(estimator=estimator, rollouts=G, kl="full", rho=0.4)
+    cfg = RPTConfig(estimator=estimator, rollouts=G, rho=0.4)
     for step in (
         lambda: rpt_step(student, teacher, there, cfg, counts=counts_of(batch, 0.4)),
         lambda: looprpt.pretrain_step(student, there, looprpt.PretrainConfig(), counts=counts_of(batch, 0.4)),
