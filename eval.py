@@ -1056,7 +1056,7 @@ def plot(
         return torch.tensor(values).mean(0)
 
     def picture(name: str, xlabel: str, ylabel: str, draw: Callable, panels: int = 1) -> None:
-        figure, every = pyplot.subplots(1, panels, figsize=(1 + 5 * panels, 4), layout="constrained", squeeze=False)
+        figure, every = pyplot.subplots(1, panels, figsize=(2 + 5 * panels, 4), layout="constrained", squeeze=False)
         for axes in every[0]:
             for variant, found in runs.items():
                 colour, mark, line = STYLES[variant]
@@ -1070,7 +1070,7 @@ def plot(
             every[0, 1].set_xlim(x.min().item() - 0.2, x.max().item() + 0.2)
             every[0, 1].set_ylim(100 * y.min().item() - 0.5, 100 * y.max().item() + 0.5)
         every[0, 0].set_ylabel(ylabel)
-        every[0, -1].legend(frameon=False, fontsize=8)
+        every[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
         figure.savefig(out / f"{track}-{name}.png", dpi=150)
         pyplot.close(figure)
         console.print(out / f"{track}-{name}.png")
