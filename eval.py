@@ -11,6 +11,7 @@ A token counts as right if its logit is the largest. Tokens are sorted into buck
 """
 
 import contextlib
+import itertools
 import json
 import math
 import shlex
@@ -319,7 +320,7 @@ def area(curve: Tensor) -> float:
     return (torch.trapezoid(accuracy, loops) / (loops[-1] - loops[0])).item()
 
 
-def compare(pairs: list[tuple[Tally, Tally]]) -> dict:
+def compare(pairs: list[tuple[Tally, Tally]], each: bool = False) -> dict:
     """The first of each pair less the second, averaged over the pairs (seeds), with 95 % intervals by a bootstrap that
     draws documents, the same for all. The tallies are `drawn` ones, of as many rounds.
 
@@ -327,6 +328,7 @@ def compare(pairs: list[tuple[Tally, Tally]]) -> dict:
     at_half  accuracy where the gates leave at threshold 0.5; loops_at_half: their average loops there
     peak     accuracy there less the second's after all loops
     matched  accuracy there less that of the second's curve of each exit rule, at the first's number of loops
+    each     each pair's `matched gate`, where it is asked for
     """
     differences = []
     for a, b in pairs:
@@ -341,7 +343,8 @@ def compare(pairs: list[tuple[Tally, Tally]]) -> dict:
         differences.append(found)
     limits = torch.tensor([0.025, 0.975]).double()
     means = {name: sum(d[name] for d in differences) / len(pairs) for name in differences[0]}
-    return {name: [x[0].item(), *x[1:].quantile(limits).tolist()] for name, x in means.items()}
+    found = {name: [x[0].item(), *x[1:].quantile(limits).tolist()] for name, x in means.items()}
+    return found | ({"each": [d["matched gate"][0].item() for d in differences]} if each else {})
 
 
 def at(x: Tensor, loops: Tensor, accuracy: Tensor) -> Tensor:
@@ -843,13 +846,13 @@ def against(config: StudyConfig, folder: Path, results: Path) -> None:
     """Differences between all variants that are scored, averaged over the seeds that both have, with intervals from
     drawing documents."""
     seeds: dict[str, set[int]] = {}
-    for path in results.glob("*-*.json"):
+    for path in sorted(results.glob("*-*.json")):
         name, _, seed = path.stem.rpartition("-")
-        if name in VARIANTS and (folder / f"seed-{seed}" / name / "tally.safetensors").exists():
+        if (folder / f"seed-{seed}" / name / "tally.safetensors").exists():
             seeds.setdefault(name, set()).add(int(seed))
 
-    pairs = [(a, b) for a in VARIANTS for b in VARIANTS if a != b and (b in BESIDE or a == "looprpt")]
-    pairs = [(a, b, sorted(seeds[a] & seeds[b])) for a, b in pairs if a in seeds and b in seeds]
+    pairs = [(a, b) for a in seeds for b in seeds if a != b and (b in BESIDE or a == "looprpt")]
+    pairs = [(a, b, sorted(seeds[a] & seeds[b])) for a, b in pairs]
     found: dict[str, dict] = {}
     for bucket in SIDES:
         drawn = {}
@@ -858,7 +861,7 @@ def against(config: StudyConfig, folder: Path, results: Path) -> None:
             sums = load_file(folder / f"seed-{seed}" / name / "tally.safetensors")
             drawn[name, seed] = Tally(*(sums[f"{bucket}.{key}"] for key in Tally._fields)).drawn()
         found[bucket] = {
-            f"{a} - {b}": {"seeds": of} | compare([(drawn[a, seed], drawn[b, seed]) for seed in of])
+            f"{a} - {b}": {"seeds": of} | compare([(drawn[a, seed], drawn[b, seed]) for seed in of], each=True)
             for a, b, of in pairs
             if of and all(drawn[a, seed].tokens.all() for seed in of)
         }
@@ -934,12 +937,6 @@ def study_table(paths: Sequence[Path], bucket: str = "all", only: Sequence[str] 
     heads = ["", *(f"loop {i + 1}" for i in range(loops)), "at q = 0.5", "loops there", "area", "looprpt ahead by"]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
 
-    def cell(values: list, digits: int) -> str:
-        if None in values:
-            return "–"
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}"
-
     def percent(x: float | None) -> float | None:
         return None if x is None else 100 * x
 
@@ -950,49 +947,75 @@ def study_table(paths: Sequence[Path], bucket: str = "all", only: Sequence[str] 
         cells += [cell([*map(percent, accuracy)], 1), cell([*left], 2)]
         cells.append(cell([percent(part.get("area", {}).get("gate")) for part in parts], 1))
         ahead = found.get(f"looprpt - {name}", {})
-        interval = ahead["matched gate"] if ahead.get("seeds") == seeds else None
-        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*map(percent, interval)) if interval else "")
+        if ahead.get("seeds") == seeds:
+            _, low, high = map(percent, ahead["matched gate"])
+            cells.append(f"{'+' if sum(ahead['each']) >= 0 else ''}{cell([*map(percent, ahead['each'])], 2)}")
+            cells[-1] += f" [{low:+.2f}, {high:+.2f}]"
+        else:
+            cells.append("" if name == "looprpt" else "–")
         lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join([*lines, "", what_was_run({name: runs[name] for name in names}, bucket)])
+
+
+def what_was_run(runs: dict[str, list[dict]], bucket: str) -> str:
+    """Seeds, tokens and commits of the runs of a table."""
+    first = next(iter(runs.values()))
     tokens = " / ".join(f"{run['buckets'][bucket]['tokens']:,}" for run in first)
-    commits = ", ".join(sorted({run["commit"][:7] for found in runs.values() for run in found if run["commit"]}))
-    lines.append(f"\nSeeds {', '.join(map(str, seeds))}; {tokens} tokens ({bucket}); commit {commits or 'unknown'}.")
-    return "\n".join(lines)
+    ran = [run for found in runs.values() for run in found]
+    trained, scored = (
+        ", ".join(sorted({at["commit"][:7] for at in each if at["commit"]})) or "unknown"
+        for each in ([run["trained"] for run in ran], ran)
+    )
+    seeds = ", ".join(str(run["seed"]) for run in first)
+    return f"Seeds {seeds}; {tokens} tokens ({bucket}); trained at commit {trained}, scored at {scored}."
 
 
 def loops_table(
     paths: Sequence[Path], at_loops: Sequence[float], bucket: str = "all", only: Sequence[str] = (), rules=()
 ) -> str:
-    """Markdown: accuracy at given average numbers of loops, a row for each variant and exit rule, the best in bold.
+    """Markdown: accuracy at given average numbers of loops, a row for each variant and exit rule.
 
-    Means over the seeds, read off each one's curve on straight lines.
+    Mean and standard deviation over the seeds, read off each one's curve on straight lines.
     """
     runs, _ = load_study(paths, bucket)
     names = chosen(only, runs, "--only")
-    curves = runs[names[0]][0]["buckets"][bucket].get("curves", {})
+    curves = need_curves({name: runs[name] for name in names}, bucket)
     rules = chosen(rules, curves, "--rules")
     most = max(x for x, _ in curves["gate"])
     if wrong := [x for x in at_loops if not 1 <= x <= most]:
         raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {most:g} loops")
-    rows = {}
-    for name in names:
-        for rule in rules:
-            found = torch.tensor([run["buckets"][bucket]["curves"][rule] for run in runs[name]])  # seeds K 2
-            rows[name, rule] = [
-                100 * at(torch.full((len(found),), x), *found.unbind(-1)).mean().item() for x in at_loops
-            ]
-    best = [f"{max(column):.1f}" for column in zip(*rows.values(), strict=True)]
     heads = ["", "leaves by", *(f"at {x:g}" for x in at_loops)]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for labels, values in rows.items():
-        cells = [f"**{x:.1f}**" if f"{x:.1f}" == top else f"{x:.1f}" for x, top in zip(values, best, strict=True)]
-        lines.append("| " + " | ".join([*labels, *cells]) + " |")
-    return "\n".join(lines)
+    for name, rule in itertools.product(names, rules):
+        found = torch.tensor([run["buckets"][bucket]["curves"][rule] for run in runs[name]])  # seeds K 2
+        each = [100 * at(torch.full((len(found),), x), *found.unbind(-1)) for x in at_loops]
+        cells = [cell(values.tolist(), 1) for values in each]
+        lines.append("| " + " | ".join([name, rule, *cells]) + " |")
+    return "\n".join([*lines, "", what_was_run({name: runs[name] for name in names}, bucket)])
+
+
+def need_curves(runs: dict[str, list[dict]], bucket: str) -> dict[str, list]:
+    """The curves of the first run. Raises UserError if a run has none in this bucket."""
+    parts = [run["buckets"][bucket] for found in runs.values() for run in found]
+    if not all(part["tokens"] and part.get("curves") for part in parts):
+        raise UserError(
+            f"--bucket {bucket} has no curves in these runs: it takes all, easy, medium or hard, with tokens"
+        )
+    return parts[0]["curves"]
+
+
+def cell(values: list, digits: int) -> str:
+    """Mean and standard deviation."""
+    if None in values:
+        return "–"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def chosen(names: Sequence[str], among: Collection[str], flag: str) -> list[str]:
     """Those of the names, or all if there are none. Raises UserError for one that isn't there."""
     if unknown := [name for name in names if name not in among]:
-        raise UserError(f"{flag} {' '.join(unknown)}: there is no such thing, there are {', '.join(among)}")
+        raise UserError(f"{flag} {' '.join(unknown)}: these runs have {', '.join(among)}")
     return [*(names or among)]
 
 
@@ -1011,8 +1034,10 @@ def table(
         bucket: all, easy, medium or hard.
         only: these variants (none: all).
         at_loops: instead, accuracy at these average numbers of loops, by every exit rule.
-        rules: only by these exit rules (none: all).
+        rules: with at_loops, by these exit rules only (none: all).
     """
+    if rules and not at_loops:
+        raise UserError("--rules is for accuracy at numbers of loops: give --at-loops too, --at-loops 1.5 2 3")
     print(loops_table(files, at_loops, bucket, only, rules) if at_loops else study_table(files, bucket, only))
 
 
@@ -1021,6 +1046,7 @@ STYLES = {  # colours that differ for everybody, and marks that differ in print
     "next-token": ("#999999", "v", ":"),
     "stage-1": ("#0072B2", "s", "--"),
     "stage-2": ("#56B4E9", "D", "-."),
+    "gate-only": ("#CC79A7", "X", ":"),
     "sampled": ("#E69F00", "^", "--"),
     "exact": ("#009E73", "P", "-."),
     "looprpt": ("#D55E00", "*", "-"),
@@ -1047,8 +1073,9 @@ def plot(
 
     runs, _ = load_study(files, bucket)
     runs = {name: found for name, found in runs.items() if name in STYLES}
-    if not runs or any(not run["buckets"][bucket]["tokens"] for found in runs.values() for run in found):
-        raise UserError(f"nothing to draw: it takes tokens in {bucket}, and runs of {', '.join(STYLES)}")
+    if not runs:
+        raise UserError(f"nothing to draw: it takes runs of {', '.join(STYLES)}")
+    need_curves(runs, bucket)
     make_folder(out)
     track = next(iter(runs.values()))[0]["track"]
 

@@ -283,12 +283,12 @@ def time_price(entropy: Tensor, vocab: int, lambda_base: float, lambda_scale: fl
 
 
 def exit_reward(logp: Tensor, baseline: Tensor, price: Tensor, ref_loop: Tensor) -> Tensor:
-    """R(l): what leaving after loop l gains over the teacher, less the price.    (step 5)
+    """R(l): what leaving after loop l gains over the teacher, less the price.    N L, N, N, N -> N L    (step 5)
 
-    ... L, ..., ..., ... -> ... L. A constant: no gradient passes.
+    A constant: no gradient passes.
     """
-    late = torch.arange(logp.shape[-1], device=logp.device) - ref_loop[..., None]  # ... L
-    return (logp - baseline[..., None] - price[..., None] * late).detach()
+    late = torch.arange(logp.shape[-1], device=logp.device) - ref_loop[:, None]  # N L
+    return (logp - baseline[:, None] - price[:, None] * late).detach()
 
 
 def standardized(x: Tensor) -> Tensor:
@@ -297,7 +297,7 @@ def standardized(x: Tensor) -> Tensor:
 
 
 def draw_exits(logpi: Tensor, generator: torch.Generator | None) -> Tensor:
-    """An exit for each token and rollout.    N G L -> N G    (step 6)"""
+    """An exit for each token and rollout.    N G L -> N G    (step 7)"""
     drawn = torch.rand(logpi[..., :1].shape, generator=generator, device=logpi.device, dtype=logpi.dtype)  # N G 1
     return (logpi[..., :-1].exp().cumsum(-1) <= drawn).sum(-1)
 
@@ -897,7 +897,7 @@ def trim_log(path: Path, done: tuple[Stage, ...], stage: Stage, step: int) -> No
 
 def start_record(config: Config, device: torch.device, world: int) -> dict:
     """What run.json says of each start."""
-    changed = eval.git("status", "--porcelain")
+    changed = eval.git("status", "--porcelain", "--untracked-files=no")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "tyro")}
     found = {
         "time": now_text(),

@@ -436,3 +436,8 @@ def test_every_flag_has_a_line_of_help(monkeypatch, capsys):
     for flag in """--model.loops --data.path --pretrain.steps --pretrain.lr --gate.steps --rpt.steps --rpt.rollouts
         --rpt.noise-std --rpt.lr --model.width --seed --out --init --objective --device""".split():
         assert flag in flags
+
+
+def test_results_hold_no_path_of_the_machine_that_made_them():
+    for path in (ROOT / "results").rglob("*.json"):
+        assert '"/' not in path.read_text(), path

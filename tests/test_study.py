@@ -1,6 +1,5 @@
 """The study: what is run, what is done again, what its files, tables and pictures say."""
 
-import itertools
 import json
 import re
 import sys
@@ -170,7 +169,7 @@ def test_a_bucket_without_tokens_is_no_end_of_a_study(done, tmp_path, monkeypatc
         (tmp_path / path.name).write_text(json.dumps(found))
     call(monkeypatch, "table", *files(tmp_path), "--bucket", "hard")
     assert "| base | – | – | – | – | – | – |" in capsys.readouterr().out
-    with pytest.raises(UserError, match="nothing to draw"):
+    with pytest.raises(UserError, match="--bucket hard has no curves"):
         call(monkeypatch, "plot", *files(tmp_path), "--bucket", "hard", "--out", tmp_path / "assets")
 
 
@@ -230,34 +229,56 @@ def test_a_table_has_the_mean_and_the_spread_over_the_seeds(done, monkeypatch, c
     assert lines[2][3] == f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f}"
     a, b = (next(p["loops"] for p in part["sweep"] if p["threshold"] == 0.5) for part in parts)
     assert lines[2][5] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
-    ahead = json.loads((done[1] / "against.json").read_text())["against"]["all"]["looprpt - base"]["matched gate"]
-    assert lines[2][7] == "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(100 * x for x in ahead))
+    ahead = json.loads((done[1] / "against.json").read_text())["against"]["all"]["looprpt - base"]
+    mean, low, high = (100 * x for x in ahead["matched gate"])
+    a, b = (100 * x for x in ahead["each"])
+    assert (a + b) / 2 == pytest.approx(mean, abs=1e-3)
+    assert lines[2][7] == f"{mean:+.2f} ± {abs(a - b) / 2**0.5:.2f} [{low:+.2f}, {high:+.2f}]"
     assert f"Seeds 0, 1; {parts[0]['tokens']:,} / {parts[1]['tokens']:,} tokens (all)" in out
+    (done[1] / "against.json").rename(done[1] / "elsewhere")
+    call(monkeypatch, "table", *files(done[1]))
+    (done[1] / "elsewhere").rename(done[1] / "against.json")
+    assert len(re.findall(r"[|] – [|]$", capsys.readouterr().out, re.MULTILINE)) == 2, "not compared"
     call(monkeypatch, "table", *files(done[1]), "--only", "looprpt", "--bucket", "hard")
     assert len(re.findall("^[|]", capsys.readouterr().out, re.MULTILINE)) == 3
 
 
 def test_a_table_of_what_each_exit_rule_makes_of_a_number_of_loops(done, monkeypatch, capsys):
-    call(monkeypatch, "table", *files(done[1]), "--at-loops", 1, 2.5, 3, "--only", "base", "looprpt")
+    call(monkeypatch, "table", *files(done[1]), "--at-loops", 1, 3, "--only", "base", "looprpt")
     out = capsys.readouterr().out
-    lines = [[cell.strip(" *") for cell in line.split("|")[1:-1]] for line in out.splitlines()]
-    assert lines[0] == ["", "leaves by", "at 1", "at 2.5", "at 3"]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
+    assert lines[0] == ["", "leaves by", "at 1", "at 3"]
     assert [line[:2] for line in lines[2:]] == [[n, r] for n in ("base", "looprpt") for r in (*eval.RULES, "random")]
     parts = [json.loads((done[1] / f"looprpt-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
-    for column, loop in ((2, 0), (4, 2)):  # a curve begins and ends with all tokens at one loop
-        assert {line[column] for line in lines[8:]} == {f"{50 * sum(part['by_loop'][loop] for part in parts):.1f}"}
-    between = []
-    for part in parts:
-        curve = part["curves"]["kl"]
-        (x0, y0), (x1, y1) = next(pair for pair in itertools.pairwise(curve) if pair[0][0] <= 2.5 < pair[1][0])
-        between.append(y0 + (2.5 - x0) / (x1 - x0) * (y1 - y0))
-    kl = next(line for line in lines if line[:2] == ["looprpt", "kl"])
-    assert float(kl[3]) == pytest.approx(50 * sum(between), abs=0.06)
-    for column in range(2, 5):
-        bold = [line.split("|")[1:-1][column] for line in out.splitlines()[2:] if "**" in line.split("|")[column + 1]]
-        assert {float(cell.strip(" *")) for cell in bold} == {max(float(line[column]) for line in lines[2:])}
+    for column, loop in ((2, 0), (3, 2)):  # a curve begins and ends with all tokens at one loop
+        a, b = (100 * part["by_loop"][loop] for part in parts)
+        assert {line[column] for line in lines[8:]} == {f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f}"}
+    assert f"Seeds 0, 1; {parts[0]['tokens']:,} / {parts[1]['tokens']:,} tokens (all); trained at" in out
     call(monkeypatch, "table", *files(done[1]), "--at-loops", 2, "--rules", "gate")
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert len(capsys.readouterr().out.splitlines()) == 7
+
+
+def test_each_seeds_curve_is_read_for_itself(done, monkeypatch, capsys, tmp_path):
+    """Averaged before they are read, curves whose points lie elsewhere would give something else."""
+    for seed, curve in enumerate(([[1, 0.2], [1.5, 0.6], [3, 0.6]], [[1, 0.4], [2.5, 0.4], [3, 0.8]])):
+        found = json.loads((done[1] / f"base-{seed}.json").read_text())
+        found["buckets"]["all"]["curves"]["gate"] = curve
+        (tmp_path / f"base-{seed}.json").write_text(json.dumps(found))
+    call(monkeypatch, "table", *files(tmp_path), "--at-loops", 1.25, 2.75, "--rules", "gate")
+    assert "| base | gate | 40.0 ± 0.0 | 60.0 ± 0.0 |" in capsys.readouterr().out
+
+
+def test_what_has_no_curves_is_refused_in_words(done, monkeypatch, tmp_path):
+    for path in files(done[1]):
+        found = json.loads(path.read_text())
+        if path.name == "looprpt-1.json":
+            del found["buckets"]["all"]["curves"]
+        (tmp_path / path.name).write_text(json.dumps(found))
+    for args in (["table", *files(tmp_path), "--at-loops", 2], ["plot", *files(tmp_path), "--out", tmp_path / "a"]):
+        with pytest.raises(UserError, match="--bucket all has no curves in these runs"):
+            call(monkeypatch, *args)
+        with pytest.raises(UserError, match="--bucket depth_1 has no curves"):
+            call(monkeypatch, *args, "--bucket", "depth_1")
 
 
 def test_pictures_of_a_study(done, monkeypatch, tmp_path):
@@ -272,8 +293,9 @@ def test_pictures_of_a_study(done, monkeypatch, tmp_path):
     [
         (["study", "--seeds", "0"], "below 1"),
         (["study", "--only", "best"], "no such variant, the variants are base"),
-        (["table", *DEMO, "--only", "best"], "--only best: there is no such thing, there are base"),
-        (["table", *DEMO, "--at-loops", "2", "--rules", "best"], "--rules best: .* there are gate, confidence"),
+        (["table", *DEMO, "--only", "best"], "--only best: these runs have base, looprpt"),
+        (["table", *DEMO, "--at-loops", "2", "--rules", "best"], "--rules best: these runs have gate, confidence"),
+        (["table", *DEMO, "--rules", "gate"], "give --at-loops too"),
         (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),
         (["table"], "no run's file among those given: give the files of one folder"),
         (["table", "results/bench.json"], "no result of `eval.py study`"),
