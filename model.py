@@ -8,6 +8,7 @@ D width, V vocabulary, N selected tokens. Loops are counted from 1 in everything
     python model.py export IN OUT --dtype bf16     writes a checkpoint again, in another precision
 """
 
+import atexit
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial, reduce
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,7 @@ class UserError(ValueError):
 
 def report(main: Callable[[], None]) -> None:
     """Run a script; end with one sentence and exit status 1 on a user's mistake."""
+    problem = None
     try:
         main()
     except UserError as error:
@@ -50,10 +52,27 @@ def report(main: Callable[[], None]) -> None:
             raise
         why = str(error).strip().partition("\n")[0][:200]
         problem = f"torch.compile can't build the layers here ({why}): give --train.compile off, or --no-compile"
-    else:
-        return
-    rank = os.environ.get("RANK", "0")
-    sys.exit(f"error: {problem}" if rank == "0" else f"error on process {rank}: {problem}")
+    rank, several = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if problem:
+        problem = f"error: {problem}" if rank == "0" else f"error on process {rank}: {problem}"
+    if several:
+        leave(problem)
+    if problem:
+        sys.exit(problem)
+
+
+def leave(problem: str | None = None) -> NoReturn:
+    """End one of several processes, with a sentence and exit status 1 if there is a problem.
+
+    Not through Python's own end: what hears the others over gloo outlives the process group, and a thread of it that
+    lets go of a tensor while Python ends aborts the process, whose work was done.
+    """
+    if problem:
+        print(problem, file=sys.stderr)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(bool(problem))
 
 
 def pick_device(name: str) -> torch.device:

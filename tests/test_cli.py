@@ -255,11 +255,11 @@ def test_a_mistake_is_refused_in_a_sentence_before_anything_is_written(tmp_path,
     assert not Path("out").exists()
 
 
-def test_more_processes_than_rows_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert refused(monkeypatch, looprpt, "--train.batch", 4, "--out", tmp_path / "out") == (
-        "--train.batch 4 is less than the 8 processes: each needs a row"
-    )
+def test_more_processes_than_rows_are_refused(tmp_path):
+    script = [sys.executable, str(ROOT / "looprpt.py"), "--train.batch", "4", "--out", str(tmp_path / "out")]
+    run = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "8"})
+    assert run.returncode == 1
+    assert run.stderr == "error: --train.batch 4 is less than the 8 processes: each needs a row\n"
 
 
 def test_a_checkpoint_of_the_built_in_task_and_a_text_do_not_mix(run, tmp_path, monkeypatch):

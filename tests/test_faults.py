@@ -1,5 +1,6 @@
 """Runs that are cut off, and what is lost: nothing that had been saved."""
 
+import atexit
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
@@ -508,13 +510,47 @@ def test_a_process_that_dies_ends_the_others_in_a_sentence(tmp_path):
     assert looprpt.flaw(states(out)[0]) is None
 
 
+class Late:
+    """Lets the other threads run in the midst of Python's end."""
+
+    def __init__(self):
+        self.me = self  # so that only the end frees it
+
+    def __del__(self):
+        time.sleep(1)
+
+
+def end_early(rank, folder):
+    """A process that ends while a thread of gloo waits to free a tensor, as it may for a moment after a collective."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.barrier()
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    atexit.register(Path(f"{folder}/atexit-{rank}").touch)
+
+    def main():
+        Late()
+        sys.setswitchinterval(1000)  # from here on the threads wait for this one
+        dist.all_reduce(torch.ones(1), async_op=True)
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            pass
+
+    model.report(main)
+
+
+def test_a_process_ends_well_while_gloo_holds_a_tensor(tmp_path):
+    """Python's own end would abort it: exit status -6, and a run that is done looks failed."""
+    mp.spawn(end_early, (str(tmp_path),), nprocs=2)
+    assert (tmp_path / "atexit-1").exists()  # a logger's last lines, say
+
+
 def go_on(rank, world, out, kind, meet):
     """One of several processes that take up a run; without noise, which depends on the process."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=meet)
     sys.argv = ["looprpt.py", *SMALL, *QUIET, "--out", out, "--resume", "--dist", kind]
-    looprpt.main()
+    model.report(looprpt.main)
 
 
 def close(folder, other):

@@ -15,6 +15,7 @@ from torch.testing import assert_close
 import data
 import eval
 import looprpt
+import model
 from data import Batch, DataConfig, Row
 from looprpt import PAPER, Config, Counts, RPTConfig, TrainConfig, rpt_step
 from model import LoopedTransformer, ModelConfig, exit_logpdf
@@ -414,7 +415,7 @@ def worker(rank, world, folder, kind, config):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     found = gradients(config, rank, world, lambda net: looprpt.spread(net, kind, CPU))
     save_file({name: x.contiguous() for name, x in found.items()}, f"{folder}/{rank}.safetensors")
-    dist.destroy_process_group()
+    model.leave()
 
 
 @pytest.fixture(scope="module")
