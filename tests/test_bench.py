@@ -221,7 +221,7 @@ def test_speeds_are_gathered_in_one_file(name, tmp_path, monkeypatch, capfd):
         assert (first["form"], first["speedup"], first["memory"]) == ("plain", 1, 1)
         assert all(r["tokens_per_s"] > 0 and r["peak_gib"] > 0 and r["mfu"] > 0 for r in run["forms"])
     if name == "rpt":
-        assert [r["form"] for r in runs[0]["forms"]] == ["plain", "sampled", "exact"]
+        assert [r["form"] for r in runs[0]["forms"]] == ["plain", "sampled", "exact", "looprpt"]
     call(monkeypatch, "speeds", out)
     table = capfd.readouterr().out
     assert f"`python bench.py {name} --no-compile --rows 2 --length 8 --rounds 1 --precision bf16`" in table
