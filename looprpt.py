@@ -1224,4 +1224,4 @@ def parse(args: Sequence[str] | None = None) -> Config:
 
 
 if __name__ == "__main__":
-    report(main)
+    report(main, several=int(os.environ.get("WORLD_SIZE", 1)) > 1)

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial, reduce
 from pathlib import Path
@@ -40,8 +40,11 @@ class UserError(ValueError):
     """A user's mistake: one sentence with what was given, the rule and the way out; printed without a traceback."""
 
 
-def report(main: Callable[[], None]) -> None:
-    """Run a script; end with one sentence and exit status 1 on a user's mistake."""
+def report(main: Callable[[], None], *, several: bool = False) -> None:
+    """Run a script; end with one sentence and exit status 1 on a user's mistake.
+
+    several  it is one of several processes, and ends by `leave`
+    """
     problem = None
     try:
         main()
@@ -52,7 +55,7 @@ def report(main: Callable[[], None]) -> None:
             raise
         why = str(error).strip().partition("\n")[0][:200]
         problem = f"torch.compile can't build the layers here ({why}): give --train.compile off, or --no-compile"
-    rank, several = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    rank = os.environ.get("RANK", "0")
     if problem:
         problem = f"error: {problem}" if rank == "0" else f"error on process {rank}: {problem}"
     if several:
@@ -70,8 +73,9 @@ def leave(problem: str | None = None) -> NoReturn:
     if problem:
         print(problem, file=sys.stderr)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with suppress(OSError, ValueError):  # closed, or full
+            stream.flush()
     os._exit(bool(problem))
 
 

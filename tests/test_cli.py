@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -255,11 +256,14 @@ def test_a_mistake_is_refused_in_a_sentence_before_anything_is_written(tmp_path,
     assert not Path("out").exists()
 
 
-def test_more_processes_than_rows_are_refused(tmp_path):
-    script = [sys.executable, str(ROOT / "looprpt.py"), "--train.batch", "4", "--out", str(tmp_path / "out")]
-    run = subprocess.run(script, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": "8"})
-    assert run.returncode == 1
-    assert run.stderr == "error: --train.batch 4 is less than the 8 processes: each needs a row\n"
+def test_more_processes_than_rows_are_refused_and_each_leaves_by_itself(tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(model, "leave", left.append)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setattr(sys, "argv", ["looprpt.py", "--train.batch", "4", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "looprpt.py"), run_name="__main__")
+    assert left == ["error: --train.batch 4 is less than the 8 processes: each needs a row"]
 
 
 def test_a_checkpoint_of_the_built_in_task_and_a_text_do_not_mix(run, tmp_path, monkeypatch):
