@@ -28,6 +28,74 @@ from model import Cache, LoopedTransformer, Precision, UserError, pick_device, r
 
 CacheRule = Literal["copy", "last", "full"]
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache of generation
+
+
+def copying_is_cheap(device: torch.device) -> bool:
+    """Cheaper than a kernel for each row; on a CPU, copying what a row has cached costs more than attending to it."""
+    return device.type == "cuda"
+
+
+class Cache:
+    """Keys and values of the tokens so far, preallocated: a slot for each loop of each layer.
+
+    A token at loop l attends to slot l of the tokens before it. One that left early has filled its first slots only;
+    `fill` copies the last of them into the rest. With a single slot (Ouro's sharing of the last loop's keys and values)
+    every loop overwrites it, so that it holds each token's last loop, and all loops of the next tokens attend to that.
+    """
+
+    def __init__(self, c: ModelConfig, rows: int, length: int, *, slots: int, device: torch.device, dtype: torch.dtype):
+        shape = c.layers, slots, rows, c.kv_heads, length, c.head_dim  # layers L B K S C
+        self.slots, self.rows = slots, rows
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    def prompt(self, rows: list[int], loop: int) -> Callable:
+        """The attention of one loop over prompts, from position 0 on, which these rows of the cache keep."""
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            for kept, new in (self.keys, k), (self.values, v):
+                kept[layer, min(loop, self.slots - 1), rows, :, : new.shape[2]] = new
+            return causal(q, k, v)
+
+        return attend
+
+    def step(self, rows: list[int], loops: list[int], positions: list[int]) -> Callable:
+        """The attention of one more token in each of these rows, at its own loop and position; the cache keeps it."""
+        device, length = self.keys.device, max(positions) + 1
+        slots = [min(loop, self.slots - 1) for loop in loops]
+        slot, row, position = (torch.tensor(x, device=device) for x in (slots, rows, positions))  # R, R, R
+        level = min(positions) + 1 == length
+        mask = None if level else rearrange(torch.arange(length, device=device) <= position[:, None], "r s -> r 1 1 s")
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]  # L B K S C
+            keys[slot, row, :, position], values[slot, row, :, position] = k[:, :, 0], v[:, :, 0]
+            if len({*slots}) == 1 and len(rows) == self.rows:
+                return attention(q, keys[slots[0], :, :, :length], values[slots[0], :, :, :length], mask)
+            if copying_is_cheap(device):
+                return attention(q, keys[slot, row, :, :length], values[slot, row, :, :length], mask)
+            seen = [
+                (s, slice(b, b + 1), slice(None), slice(p + 1)) for s, b, p in zip(slots, rows, positions, strict=True)
+            ]
+            return torch.cat([attention(q[i : i + 1], keys[at], values[at]) for i, at in enumerate(seen)])
+
+        return attend
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows, from now on numbered in this order."""
+        self.keys, self.values, self.rows = self.keys[:, :, rows], self.values[:, :, rows], len(rows)
+
+    def fill(self, rows: list[int], loops: list[int], positions: list[int]) -> None:
+        """Tokens that left after `loops` loops: the deeper slots get the last one's keys and values."""
+        row, last, position = (torch.tensor(x, device=self.keys.device)[:, None] for x in (rows, loops, positions))
+        slot = torch.arange(self.slots, device=self.keys.device)  # L
+        source = slot.minimum(last - 1)  # R L
+        for kept in (self.keys, self.values):
+            kept[:, slot, row, :, position] = kept[:, source, row, :, position]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where to leave
 

@@ -1,0 +1,225 @@
+"""Reading files, and tokenizers."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers: always a tokenizers.Tokenizer, saved as tokenizer.json beside the weights
+
+EOS, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2 in what is made here, as in Ouro
+EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+
+def chain_tokenizer() -> Tokenizer:
+    """The eight symbols of chain arithmetic."""
+    symbols = [*map(str, range(MODULUS)), *OPERATORS]
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=symbols[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    return tokenizer
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Three special tokens, then the 256 bytes: byte b is token 3 + b."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that stand for themselves in byte-level BPE
+    rest = iter(range(256, 512))
+    vocab = {EOS: 0, IM_START: 1, IM_END: 2} | {chr(b if b in plain else next(rest)): 3 + b for b in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer.add_special_tokens([EOS, IM_START, IM_END])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """'bytes', or the path of a tokenizer.json. Raises UserError if there is none."""
+    if name == "bytes":
+        return byte_tokenizer()
+    if not Path(name).is_file():
+        raise UserError(f"--data.tokenizer {name} is not a file: give a tokenizer.json, or 'bytes'")
+    try:
+        return Tokenizer.from_file(name)
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{name} is not a tokenizer ({error}): give a tokenizer.json, or 'bytes'") from error
+
+
+def tokenizer_file(config: DataConfig, checkpoint: Path | None) -> Path | None:
+    """The tokenizer.json asked for, or the checkpoint's own; None for a built-in tokenizer."""
+    if config.tokenizer == "auto":
+        return checkpoint and checkpoint / "tokenizer.json"
+    return None if config.tokenizer == "bytes" else Path(config.tokenizer)
+
+
+def pick_tokenizer(config: DataConfig, checkpoint: Path | None) -> Tokenizer:
+    """The one asked for, else the checkpoint's own, else the built-in task's or the bytes.
+
+    Raises UserError for a checkpoint without tokenizer.json, one trained on text while no text is given, or one whose
+    vocabulary is smaller than the tokenizer's.
+    """
+    file = tokenizer_file(config, checkpoint)
+    if file:
+        if checkpoint and file.parent == checkpoint and not file.is_file():
+            raise UserError(f"{checkpoint} has no tokenizer.json: give one with --data.tokenizer")
+        tokenizer = load_tokenizer(str(file))
+    else:
+        tokenizer = byte_tokenizer() if config.path else chain_tokenizer()
+    if config.path is None and not is_chain(tokenizer):
+        raise UserError(f"{checkpoint} was trained on text, not on the built-in chain arithmetic: give --data.path")
+    if checkpoint:
+        check_vocabulary(tokenizer, checkpoint)
+    return tokenizer
+
+
+def check_vocabulary(tokenizer: Tokenizer, checkpoint: Path) -> None:
+    """Raises UserError if the tokenizer has tokens that the model doesn't know."""
+    known, needed = load_config(checkpoint).vocab_size, vocab_size(tokenizer)
+    if known < needed:
+        raise UserError(
+            f"{checkpoint} has a vocabulary of {known}, the tokenizer one of {needed}: "
+            "give the tokenizer that the checkpoint was trained with"
+        )
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def is_chain(tokenizer: Tokenizer) -> bool:
+    return tokenizer.get_vocab() == chain_tokenizer().get_vocab()
+
+
+def eos_id(tokenizer: Tokenizer) -> int | None:
+    """Id of the end-of-text token, None if there is none."""
+    return next((i for i in map(tokenizer.token_to_id, EOS_NAMES) if i is not None), None)
+
+
+def ids(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -> list[list[int]]:
+    """Tokens of each text. special: whether a text that spells a special token yields it."""
+    tokenizer.encode_special_tokens = not special
+    return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def chat_prompts(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
+    """ChatML up to where the assistant's answer starts. Raises UserError if the tokenizer lacks its tokens."""
+    start, end = map(tokenizer.token_to_id, (IM_START, IM_END))
+    if start is None or end is None:
+        raise UserError(
+            f"ChatML needs a tokenizer with {IM_START} and {IM_END}: give another, or leave the chat flag out"
+        )
+    newline, assistant = ids(tokenizer, ["\n", "assistant\n"])
+    return [
+        [start, *user, end, *newline, start, *assistant] for user in ids(tokenizer, [f"user\n{p}" for p in prompts])
+    ]
+
+
+def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.json")) -> None:
+    """Train a byte-level BPE tokenizer, digits one by one, and write it.
+
+    Args:
+        path: .jsonl, .json, .parquet or .txt to learn from.
+        vocab: number of tokens: 3 special ones, 256 bytes, the rest learned.
+        out: where to write tokenizer.json.
+    """
+    if vocab < 259:
+        raise UserError(f"--vocab {vocab} is too small: 3 special tokens and 256 bytes need 259")
+    if out.exists():
+        raise UserError(f"--out {out} is there already: nothing saved is overwritten, give another name")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[EOS, IM_START, IM_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for pair in read(path) for text in pair if text), trainer)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out))
+    print(f"{out}: {vocab_size(tokenizer)} tokens, learned from {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+KEY_PAIRS = (("problem", "solution"), ("question", "answer"), ("prompt", "response"))
+
+
+def records(path: Path) -> Iterator[tuple[str, dict]]:
+    """Each record of a .jsonl, .json or .parquet file, with the words that say where it stands."""
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(f"{path} needs pyarrow to be read: pip install pyarrow, or give a .jsonl file") from error
+        try:
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is not a parquet file ({error}): give another") from error
+        yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, 1))
+        return
+    text = read_text(path)
+    try:
+        start = 0
+        if path.suffix == ".jsonl":
+            for start, line in enumerate(text.split("\n")):
+                if line.strip():
+                    yield f"{path} line {start + 1}", json.loads(line)
+        else:
+            rows = json.loads(text)
+            if not isinstance(rows, list):
+                raise UserError(f"{path} holds one {type(rows).__name__}: a .json file must be a list of records")
+            yield from ((f"{path} record {i}", row) for i, row in enumerate(rows, 1))
+    except json.JSONDecodeError as error:
+        line = start + error.lineno
+        raise UserError(f"{path} line {line} is not JSON ({error.msg}): mend the line, or give another file") from error
+
+
+def read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{path} line {line} is not UTF-8 ({error.reason}): convert the file to UTF-8") from error
+
+
+def read(path: Path, prompt_key: str | None = None, response_key: str | None = None) -> list[tuple[str | None, str]]:
+    """Pairs of prompt and response; the prompt of plain text is None.
+
+    Raises UserError for a file that is missing, empty, not UTF-8, not JSON, of an unknown kind, or lacks the keys.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give a .jsonl, .json, .parquet or .txt file")
+    if path.suffix not in (".jsonl", ".json", ".parquet", ".txt"):
+        raise UserError(f"{path} is of an unknown kind {path.suffix!r}: give a .jsonl, .json, .parquet or .txt file")
+    if path.suffix == ".txt":
+        pairs = [(None, text)] if (text := read_text(path)).strip() else []
+    else:
+        pairs = []
+        for place, record in records(path):
+            if not isinstance(record, dict):
+                raise UserError(f"{place} is a {type(record).__name__}: each must be an object with the prompt's keys")
+            if response_key is None:
+                prompt_key, response_key = next(
+                    (pair for pair in KEY_PAIRS if record.keys() >= {*pair}),
+                    (None, "text" if "text" in record else None),
+                )
+            if response_key is None:
+                raise UserError(
+                    f"{place} has the keys {', '.join(record)}, none of them known: "
+                    "give --data.prompt-key and --data.response-key"
+                )
+            for key in (prompt_key, response_key):
+                if key is not None and not isinstance(record.get(key), str):
+                    what = f"a {type(record[key]).__name__} under" if key in record else "no key"
+                    raise UserError(
+                        f"{place} has {what} {key!r}: each record needs a text there; its keys are {', '.join(record)}"
+                    )
+            pairs.append((record[prompt_key] if prompt_key else None, record[response_key]))
+    if not pairs:
+        raise UserError(f"{path} is empty: give a file with at least one document")
+    return pairs
+
+
+if __name__ == "__main__":
+    report(lambda: tyro.extras.subcommand_cli_from_dict({"tokenizer": train_tokenizer}))
