@@ -1,31 +1,47 @@
-"""Batches: the built-in chain arithmetic, or documents from a file; and the tokenizers.
+"""Batches: the built-in chain arithmetic, or documents from a file.
+
+Chain arithmetic is worked out from left to right mod 5, and the running value is asked for at every operand. Text asks
+for the next token, of the response only if there is a prompt. `mask` is True where there is a target:
+
+    inputs     3   +   4   ×   2   -   1           Problem: 1+1?  Solution:  2      .
+    targets    3       2       4       3                                     2  .   <|endoftext|>
+    mask       x       x       x       x                                     x  x   x
 
 A source answers `batch(index)` for every index from 0 on, so the position in the data is one integer. Batch `index` of
 a seed always holds the same rows, however many processes share them: process r of w takes rows r, r + w, r + 2w, ...
-
-    python data.py tokenizer --path train.jsonl --vocab 4096 --out tokenizer.json     trains a tokenizer
 """
 
-import json
-import random
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import tyro
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from model import UserError, load_config, report
+from support import text
+from support.ranges import AtLeastTwo, Positive, require_ranges
+from support.runtime import UserError, seeded, to_device
 
 
 class Batch(NamedTuple):
     inputs: Tensor  # B T  token ids
-    targets: Tensor  # B T  what is asked at each position; the next token, for text
-    mask: Tensor  # B T  True where the answer counts; always on the CPU, so that to count them waits for no GPU
+    targets: Tensor  # B T  the token asked for at each position; the next one, for text
+    mask: Tensor  # B T  True at target tokens; always on the CPU, so that counting them waits for no GPU
+
+
+def trim_and_move(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, without the columns after the last target token: nothing reads them.
+
+    A batch without a target token becomes two tokens that are none: other processes may wait for this one's passes.
+    """
+    if not batch.mask.any():
+        idle = torch.zeros(1, 2, dtype=torch.long, device=device)
+        return Batch(idle, idle, torch.zeros(1, 2, dtype=torch.bool))
+    length = int(batch.mask.any(0).nonzero().max()) + 1
+    return Batch(*(to_device(part[:, :length], device) for part in batch[:2]), batch.mask[:, :length])
 
 
 @dataclass(frozen=True)
@@ -38,36 +54,23 @@ class DataConfig:
     response_key: str | None = None  # key of the response (none: found); alone: the key of plain text
     tokenizer: str = "auto"  # path of a tokenizer.json, or 'bytes' (auto: the checkpoint's, else bytes)
     chat: bool = False  # prompt form: ChatML instead of 'Problem: ...\nSolution: '
-    length: int = 512  # most tokens in a row; longer documents are cut, plain text is cut into blocks
-    operands: int = 6  # operands in a row of chain arithmetic
-    val_rows: int = 4096  # held-out rows of chain arithmetic
+    length: AtLeastTwo = 512  # most tokens in a row; longer documents are cut, plain text is cut into blocks
+    operands: AtLeastTwo = 6  # operands in a row of chain arithmetic
+    val_rows: Positive = 4096  # held-out rows of chain arithmetic
 
     def check(self) -> None:
         """Raise UserError for a value outside its range."""
-        if self.length < 2:
-            raise UserError(f"--data.length {self.length} is too short: a row needs at least 2 tokens")
-        if self.operands < 2:
-            raise UserError(f"--data.operands {self.operands} leaves nothing to compute: give 2 or more")
-        if self.val_rows < 1:
-            raise UserError(f"--data.val-rows {self.val_rows} leaves nothing to evaluate: give 1 or more")
+        require_ranges(self, "data.")
         if self.prompt_key and not self.response_key:
             raise UserError(f"--data.prompt-key {self.prompt_key} came alone: give --data.response-key too")
         if self.val and not self.path:
             raise UserError(f"--data.val {self.val} came without --data.path: give the file to train on too")
         if self.tokenizer != "auto" and not self.path:
-            raise UserError(
-                f"--data.tokenizer {self.tokenizer} came without --data.path: the built-in task has its own"
-            )
+            problem = f"--data.tokenizer {self.tokenizer} came without --data.path"
+            raise UserError(f"{problem}: the built-in task has its own")
 
 
-def seeded(*key, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose numbers depend on the key and the kind of device alone."""
-    return torch.Generator(device).manual_seed(random.Random("/".join(map(str, key))).getrandbits(62))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chain arithmetic: a row is operand, operator, operand, ..., evaluated left to right mod 5. The running value is asked
-# at every operand, so a row asks every prefix of itself, and the n-th operand is a problem of known depth n.
+# Chain arithmetic: a row asks every prefix of itself, and the n-th operand is a problem of known depth n
 
 MODULUS, OPERATORS = 5, ("+", "-", "×")
 
@@ -78,7 +81,7 @@ class Chain:
     def __init__(self, operands: int, *, batch: int, seed: object, held_out: int = 0):
         """held_out: 0 for the training rows; else the number of held-out rows, in batches that end."""
         self.operands, self.size, self.seed, self.held_out = operands, batch, seed, held_out
-        self.batches = -(-held_out // batch)  # in one pass over the held-out rows
+        self.batches = math.ceil(held_out / batch)  # in one pass over the held-out rows
         self.depth = torch.arange(2 * operands - 1) // 2 + 1  # T  how many operands the answer at a position depends on
 
     def batch(self, index: int, *, rank: int = 0, world: int = 1) -> Batch:
@@ -118,48 +121,57 @@ def chain_batch(operands: Tensor, operators: Tensor) -> Batch:
     return Batch(inputs, targets, mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def chain_tokenizer() -> Tokenizer:
+    """The eight symbols of chain arithmetic."""
+    symbols = [*map(str, range(MODULUS)), *OPERATORS]
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=symbols[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    return tokenizer
+
+
+def is_chain(tokenizer: Tokenizer) -> bool:
+    return tokenizer.get_vocab() == chain_tokenizer().get_vocab()
+
+
 # Documents
 
 
 class Row(NamedTuple):
     ids: list[int]
-    prompt: int  # how many of them are the prompt's; the first token is never asked
+    prompt: int  # how many of them are the prompt's, and no targets; at least 1
+
+
+Rows = list[Row] | None  # None: the built-in task
 
 
 def encode(path: Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Row], list[str]]:
     """Rows of at most length + 1 tokens, and sentences on what was cut or left out.
 
     Prompt and response are tokenized apart, so the boundary is exact, and text never yields a special token.
-    Raises UserError for what `read` refuses, a tokenizer without the special tokens, and a file with no token that
-    counts.
+    Raises UserError for what `read_documents` refuses, a tokenizer that can't end a text, and a file without a target.
     """
-    pairs, most = read(path, config.prompt_key, config.response_key), config.length + 1
-    eos = eos_id(tokenizer)
+    pairs, most = text.read_documents(path, config.prompt_key, config.response_key), config.length + 1
+    eos = text.eos_id(tokenizer)
     if is_chain(tokenizer) or eos is None:
-        raise UserError(
-            f"the tokenizer has none of the tokens {', '.join(EOS_NAMES)}, so no document can end: "
-            "give another with --data.tokenizer, or a checkpoint trained on text"
-        )
-    responses = ids(tokenizer, [response for _, response in pairs])
+        problem = f"the tokenizer has none of the tokens {', '.join(text.EOS_NAMES)}, so no document can end"
+        raise UserError(f"{problem}: give another with --data.tokenizer, or a checkpoint trained on text")
+    responses, notes = text.tokenize(tokenizer, [response for _, response in pairs]), []
     if pairs[0][0] is None:
         documents = [[*r, eos] for r in responses]
         blocks = [d[i : i + most] for d in documents for i in range(0, len(d), config.length)]
-        rows, notes = [Row(b, 1) for b in blocks if len(b) > 1], []
+        rows = [Row(block, 1) for block in blocks if len(block) > 1]
     else:
         if config.chat:
-            prompts, end = chat_prompts(tokenizer, [p for p, _ in pairs]), tokenizer.token_to_id(IM_END)
-            rows = [Row([*p, *r, end], len(p)) for p, r in zip(prompts, responses, strict=True)]
+            prompts, end = text.chat_prompts(tokenizer, [p for p, _ in pairs]), tokenizer.token_to_id(text.IM_END)
         else:
-            prompts = ids(tokenizer, [f"Problem: {p}\nSolution: " for p, _ in pairs])
-            rows = [Row([*p, *r, eos], len(p)) for p, r in zip(prompts, responses, strict=True)]
-        cut = sum(len(r.ids) > most for r in rows)
-        whole, rows = len(rows), [Row(r.ids[:most], r.prompt) for r in rows if r.prompt < most]
-        notes = [
-            f"{path}: {cut} of {whole} documents are longer than --data.length {config.length} and are cut"
-        ] * bool(cut)
-        if len(rows) < whole:
-            notes.append(f"{path}: {whole - len(rows)} of them are left out, their prompt alone fills the row")
+            prompts, end = text.tokenize(tokenizer, [f"Problem: {p}\nSolution: " for p, _ in pairs]), eos
+        rows = [Row([*p, *r, end][:most], len(p)) for p, r in zip(prompts, responses, strict=True) if len(p) < most]
+        cut = sum(len(p) + len(r) + 1 > most for p, r in zip(prompts, responses, strict=True))
+        if cut:
+            total = f"{cut} of {len(pairs)} documents"
+            notes.append(f"{path}: {total} are longer than --data.length {config.length} and are cut")
+        if left_out := len(pairs) - len(rows):
+            notes.append(f"{path}: {left_out} of them are left out, their prompt alone fills the row")
     if not rows:
         raise UserError(f"{path} has no token that counts: give longer text, or raise --data.length {config.length}")
     return rows, notes
@@ -190,53 +202,62 @@ class Documents:
             generator = seeded(self.seed, "epoch", epoch)
             rows = torch.randperm(len(self.rows), generator=generator)
             batches = []
-            for pool in rows.tensor_split(-(-len(rows) // (self.size * self.pool))):
+            for pool in rows.tensor_split(math.ceil(len(rows) / (self.size * self.pool))):
                 pool = pool[self.lengths[pool].argsort(stable=True)]
-                batches += pool.tensor_split(-(-len(pool) // self.size))
+                batches += pool.tensor_split(math.ceil(len(pool) / self.size))
             self.epoch = epoch, [batches[i] for i in torch.randperm(len(batches), generator=generator)]
         return self.epoch[1]
 
     def batch(self, index: int, *, rank: int = 0, world: int = 1) -> Batch:
         epoch, place = divmod(index, self.batches)
-        rows = [self.rows[i] for i in self.order(epoch)[place][rank::world]]
-        length = max((len(r.ids) for r in rows), default=2) - 1
-        inputs = torch.zeros(len(rows), length, dtype=torch.long)  # B T
-        targets, mask = torch.zeros_like(inputs), torch.zeros_like(inputs, dtype=torch.bool)
-        for b, (ids, prompt) in enumerate(rows):
-            inputs[b, : len(ids) - 1], targets[b, : len(ids) - 1] = torch.tensor(ids[:-1]), torch.tensor(ids[1:])
-            mask[b, prompt - 1 : len(ids) - 1] = True
-        return Batch(inputs, targets, mask)
+        return collate([self.rows[i] for i in self.order(epoch)[place][rank::world]])
 
 
-def source(rows: list[Row] | None, config: DataConfig, *, batch: int, seed: object, held_out: bool = False):
+def collate(rows: list[Row]) -> Batch:
+    """The rows, padded on the right; the token after each one is its target."""
+    ids = pad([row.ids for row in rows]) if rows else torch.zeros(0, 2, dtype=torch.long)  # B T+1
+    place = torch.arange(ids.shape[1] - 1)  # T
+    prompt = torch.tensor([row.prompt for row in rows], dtype=torch.long)[:, None]  # B 1
+    length = torch.tensor([len(row.ids) for row in rows], dtype=torch.long)[:, None]  # B 1
+    return Batch(ids[:, :-1], ids[:, 1:], (place >= prompt - 1) & (place < length - 1))
+
+
+def pad(rows: list[list[int]]) -> Tensor:
+    """Token ids, padded on the right with zeros.    -> B T"""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+
+
+def source(rows: Rows, config: DataConfig, *, batch: int, seed: object, held_out: bool = False):
     """Batches of these rows, or of chain arithmetic if there are none.    -> Documents or Chain"""
     if rows is not None:
         return Documents(rows, batch=batch, seed=seed)
     return Chain(config.operands, batch=batch, seed=seed, held_out=config.val_rows if held_out else 0)
 
 
-def split(config: DataConfig, tokenizer: Tokenizer, *, seed: int):
+def split(config: DataConfig, tokenizer: Tokenizer, *, seed: int, world: int = 1) -> tuple[Rows, Rows, list[str]]:
     """Rows to train on, rows held out, and sentences on what was cut; None and None for the built-in task."""
     if config.path is None:
         return None, None, []
     train, notes = encode(config.path, tokenizer, config)
+    if len(train) < world:
+        raise UserError(f"{config.path} gives {len(train)} rows for {world} processes: each needs one")
     if config.val:
         val, val_notes = encode(config.val, tokenizer, config)
         return train, val, notes + val_notes
     if len(train) < 2:
         raise UserError(f"{config.path} gives a single row, so none can be held out: give --data.val")
     order = torch.randperm(len(train), generator=seeded(seed, "held out")).tolist()
-    n = min(256, -(-len(train) // 20))
+    n = min(256, math.ceil(len(train) / 20))
     return [train[i] for i in order[n:]], [train[i] for i in order[:n]], notes
 
 
-def counted(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, without the columns after the last token that counts: nothing reads them.
+def pick_tokenizer(config: DataConfig, checkpoint: Path | None) -> Tokenizer:
+    """The one asked for, else the checkpoint's own, else the built-in task's or the bytes.
 
-    A batch in which nothing counts becomes two tokens that don't: other processes may wait for this one's passes.
+    Raises UserError for what `text.pick_tokenizer` refuses, and a checkpoint trained on text while no text is given.
     """
-    if not batch.mask.any():
-        idle = torch.zeros(1, 2, dtype=torch.long, device=device)
-        return Batch(idle, idle, torch.zeros(1, 2, dtype=torch.bool))
-    length = int(batch.mask.any(0).nonzero().max()) + 1
-    return Batch(*(put(part[:, :length], device) for part in batch[:2]), batch.mask[:, :length])
+    built_in = text.byte_tokenizer() if config.path else chain_tokenizer()
+    tokenizer = text.pick_tokenizer(config.tokenizer, checkpoint, built_in)
+    if config.path is None and not is_chain(tokenizer):
+        raise UserError(f"{checkpoint} was trained on text, not on the built-in chain arithmetic: give --data.path")
+    return tokenizer

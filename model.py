@@ -4,37 +4,27 @@ Axes, here and everywhere: B batch, T tokens, L loops, G rollouts, H heads, K ke
 D width, V vocabulary, N selected tokens. Loops are counted from 1 in everything a person reads.
 
     h(0) = embedding;  h(l) = norm(layers(h(l-1)));  gate and head read h(l), and h(l) feeds the next loop.
-
-    python model.py export IN OUT --dtype bf16     writes a checkpoint again, in another precision
 """
 
-import atexit
-import json
 import math
-import os
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial, reduce
-from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import tyro
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
-from tyro.conf import Positional
+from torch.utils.checkpoint import checkpoint as recompute
+from tyro.conf import Suppress
 
+from support.ranges import NonNegative, Positive, require_ranges
+from support.runtime import UserError
 
-# ---------------------------------------------------------------------------------------------------------------------
+CHUNK_LOGITS = 2**23  # logits made at once: what a CPU's caches hold
+MAX_KEPT_LOGITS = 2**27  # logits kept for the backward pass, 512 MiB in float32; beyond, they are computed again
+
 # Shape
 
 
@@ -42,35 +32,27 @@ from tyro.conf import Positional
 class ModelConfig:
     """Shape of the looped transformer; with --init it comes from the checkpoint."""
 
-    layers: int = 1  # layers in the shared stack
-    loops: int = 4  # L, the most often that the stack runs for one token
-    width: int = 64  # D, width of the state
-    heads: int = 4  # attention heads
-    kv_heads: int = 0  # key/value heads (0: as many as heads; fewer: grouped-query attention)
-    ffn: int = 0  # feed-forward width (0: 2.75 x width, rounded up to a multiple of 16)
+    layers: Positive = 1  # layers in the shared stack
+    loops: Positive = 4  # L, the most often that the stack runs for one token
+    width: Positive = 64  # D, width of the state
+    heads: Positive = 4  # attention heads
+    kv_heads: NonNegative = 0  # key/value heads (0: as many as heads; fewer: grouped-query attention)
+    ffn: NonNegative = 0  # feed-forward width (0: 2.75 x width, rounded up to a multiple of 16)
     # What follows is not on the command line: it comes from the tokenizer or from the checkpoint.
-    head_dim: tyro.conf.Suppress[int] = 0  # 0: width / heads
-    vocab_size: tyro.conf.Suppress[int] = 0
-    max_positions: tyro.conf.Suppress[int] = 65536
-    rope_theta: tyro.conf.Suppress[float] = 1e6
-    rms_norm_eps: tyro.conf.Suppress[float] = 1e-6
-    init_std: tyro.conf.Suppress[float] = 0.02
-    tied: tyro.conf.Suppress[bool] = False
-    bos_token_id: tyro.conf.Suppress[int | None] = 0
-    eos_token_id: tyro.conf.Suppress[int | tuple[int, ...] | None] = 0
-    exit_threshold: tyro.conf.Suppress[float] = 1.0
+    head_dim: Suppress[NonNegative] = 0  # 0: width / heads
+    vocab_size: Suppress[int] = 0
+    max_positions: Suppress[int] = 65536
+    rope_theta: Suppress[float] = 1e6
+    rms_norm_eps: Suppress[float] = 1e-6
+    init_std: Suppress[float] = 0.02
+    tied: Suppress[bool] = False
+    bos_token_id: Suppress[int | None] = 0
+    eos_token_id: Suppress[int | tuple[int, ...] | None] = 0
+    exit_threshold: Suppress[float] = 1.0
 
     def resolved(self) -> "ModelConfig":
         """The same shape with every 0 filled in. Raises UserError for a shape that no model can have."""
-        for name in ("layers", "loops", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--model.{name} {getattr(self, name)} is below 1: give a positive number")
-        for name in ("kv_heads", "ffn", "head_dim"):
-            if getattr(self, name) < 0:
-                flag = f"--model.{name.replace('_', '-')}"
-                raise UserError(
-                    f"{flag} {getattr(self, name)} is negative: give a positive number, or 0 for the default"
-                )
+        require_ranges(self, "model.")
         if not self.head_dim and self.width % self.heads:
             raise UserError(
                 f"--model.width {self.width} is not divisible by --model.heads {self.heads}: "
@@ -88,11 +70,10 @@ class ModelConfig:
                 f"--model.width {self.width} over --model.heads {self.heads} gives heads of {head_dim} channels: "
                 "rotary positions need an even number"
             )
-        ffn = self.ffn or -(-11 * self.width // 64) * 16
+        ffn = self.ffn or 16 * math.ceil(11 * self.width / 64)
         return replace(self, kv_heads=kv_heads, head_dim=head_dim, ffn=ffn)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Layers (attribute names are Ouro's key names)
 
 
@@ -124,11 +105,6 @@ class RMSNorm(nn.Module):
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of each token to itself and those before it.    B H T C, B K T C, B K T C -> B H T C"""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of one token in each row to the keys of that row.    B H 1 C, B K S C, B K S C -> B H 1 C"""
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class Attention(nn.Module):
@@ -174,12 +150,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable = causal) -> Tensor:
         if not self.compiled:
-            return self.run(x, cos, sin, attend)
+            return self.compute(x, cos, sin, attend)
         for tensor, varying in ((x, (0, 1)), (cos, 0), (sin, 0)):  # rows and lengths
             torch._dynamo.maybe_mark_dynamic(tensor, varying)
         return compiled_layer()(self, x, cos, sin, attend)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable) -> Tensor:
         x = x + self.input_layernorm_2(self.self_attn(self.input_layernorm(x), cos, sin, attend))
         return x + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(x)))
 
@@ -187,10 +163,9 @@ class Layer(nn.Module):
 @cache
 def compiled_layer() -> Callable:
     """One graph for all layers, loops, rows and lengths; another one without gradient, and one for frozen weights."""
-    return torch.compile(Layer.run, fullgraph=True)
+    return torch.compile(Layer.compute, fullgraph=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The looped model
 
 
@@ -203,7 +178,7 @@ class LoopedTransformer(nn.Module):
     def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None):
         super().__init__()
         self.config = c = config.resolved()
-        self.checkpointing = False  # in training: keep no layer's inside for the backward pass, run it again
+        self.recompute = False  # in training: keep no layer's activations for the backward pass, compute them again
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.rms_norm_eps)
@@ -253,27 +228,11 @@ class LoopedTransformer(nn.Module):
         attend  the attention, told which layer it is in (default: causal)
         """
         for i, layer in enumerate(self.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                state = checkpoint(layer, state, cos, sin, use_reentrant=False)
+            if self.recompute and torch.is_grad_enabled():
+                state = recompute(layer, state, cos, sin, use_reentrant=False)
             else:
                 state = layer(state, cos, sin, partial(attend, i) if attend else causal)
         return self.norm(state)
-
-    def prefill(self, ids: Tensor, cache: "Cache", rows: list[int], loops: int) -> Tensor:
-        """All loops of prompts, which these rows of the cache keep; the state after the last one.    R T -> R T D"""
-        state, (cos, sin) = self.embed_tokens(ids), self.rotary(torch.arange(ids.shape[1], device=ids.device))
-        for loop in range(loops):
-            state = self.loop(state, cos, sin, cache.prompt(rows, loop))
-        return state
-
-    def decode(self, state: Tensor, cache: "Cache", rows: list[int], loops: list[int], positions: list[int]) -> Tensor:
-        """One loop more for the newest token of each of these rows of the cache.    R D -> R D
-
-        The weights are the same in every loop, so one pass serves tokens that are at different loops (from 0).
-        """
-        cos, sin = self.rotary(torch.tensor(positions, device=state.device))  # R C/2
-        cos, sin = (rearrange(x, "r c -> r 1 1 c") for x in (cos, sin))
-        return self.loop(state[:, None], cos, sin, cache.step(rows, loops, positions))[:, 0]
 
     def compile(self) -> None:
         """Run the layers by torch.compile: faster and in less memory, after some seconds at the first use."""
@@ -297,13 +256,39 @@ def exit_logpdf(gate: Tensor) -> Tensor:
     return F.pad(stay.cumsum(-1), (1, 0)) + F.pad(leave, (0, 1))  # B T L
 
 
-def exit_loop(gate: Tensor, threshold: float) -> Tensor:
-    """First loop (counted from 0) whose cumulative exit probability reaches the threshold, the last if none does.
+def exit_cdf(gate: Tensor) -> Tensor:
+    """Probability of having left after each loop, 1 after the last.    B T L -> B T L
 
-    B T L -> B T. Computed as 1 - P(stay), so threshold 1 always means the last loop, however far the gate is
-    saturated; threshold 0 always means the first.
+    As 1 - P(stay) by expm1, which is exact where little has left.
+    """
+    return F.pad(-torch.expm1(F.logsigmoid(-gate[..., :-1]).cumsum(-1)), (0, 1), value=1.0)
+
+
+def exit_loop(gate: Tensor, threshold: float) -> Tensor:
+    """First loop (counted from 0) whose cumulative exit probability reaches the threshold.    B T L -> B T
+
+    Threshold 1 always means the last loop, threshold 0 the first.
     """
     if threshold >= 1:
         return torch.full_like(gate[..., 0], gate.shape[-1] - 1, dtype=torch.long)
-    left = -torch.expm1(F.logsigmoid(-gate[..., :-1]).cumsum(-1))  # B T L-1
-    return (left < threshold).sum(-1)
+    return (exit_cdf(gate)[..., :-1] < threshold).sum(-1)
+
+
+# Some tokens, and their logits a few at a time
+
+
+def pick(index: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Some tokens of each part, by their flat index.    N, B T ... -> N ..."""
+    return tuple(part.flatten(0, 1)[index] for part in parts)
+
+
+def chunked(f: Callable[..., tuple[Tensor, ...]], *parts: Tensor, logits_per_token: int) -> tuple[Tensor, ...]:
+    """f over chunks of its arguments, so that few logits are there at once; too many to be kept for the backward pass
+    are computed again in it.    N ... -> N ..., ..."""
+    size = max(1, (MAX_KEPT_LOGITS if parts[0].is_cuda else CHUNK_LOGITS) // logits_per_token)
+    chunks = zip(*(part.split(size) for part in parts), strict=True)
+    if len(parts[0]) * logits_per_token <= MAX_KEPT_LOGITS:
+        results = [f(*chunk) for chunk in chunks]
+    else:
+        results = [recompute(f, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    return tuple(map(torch.cat, zip(*results, strict=True)))

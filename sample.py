@@ -8,171 +8,164 @@ the weights are the same in every loop, so a row that leaves early starts its ne
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import tyro
+from einops import rearrange
 from rich.console import Console
-from rich.style import Style
 from rich.text import Text
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import data
-import model
-from model import Cache, LoopedTransformer, Precision, UserError, pick_device, report
+from model import LoopedTransformer, ModelConfig, exit_loop
+from support import checkpoint, text
+from support.ranges import NonNegativeFloat, Positive, PositiveShare, Range, require_ranges
+from support.runtime import DTYPES, Precision, UserError, pick_device, run_cli
 
 CacheRule = Literal["copy", "last", "full"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The cache of generation
-
-
-def copying_is_cheap(device: torch.device) -> bool:
-    """Cheaper than a kernel for each row; on a CPU, copying what a row has cached costs more than attending to it."""
-    return device.type == "cuda"
-
-
 class Cache:
-    """Keys and values of the tokens so far, preallocated: a slot for each loop of each layer.
+    """Keys and values of the tokens so far, preallocated for each loop of each layer. A row holds one prompt's tokens.
 
-    A token at loop l attends to slot l of the tokens before it. One that left early has filled its first slots only;
-    `fill` copies the last of them into the rest. With a single slot (Ouro's sharing of the last loop's keys and values)
-    every loop overwrites it, so that it holds each token's last loop, and all loops of the next tokens attend to that.
+    A token at loop l attends to loop l of the tokens before it. One that left early has filled its first loops only;
+    `fill_deeper_loops` copies the last of them into the rest. With loops=1 (Ouro's sharing of the last loop's keys and
+    values) every loop overwrites the one before, so that all loops of the next tokens attend to each token's last loop.
     """
 
-    def __init__(self, c: ModelConfig, rows: int, length: int, *, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = c.layers, slots, rows, c.kv_heads, length, c.head_dim  # layers L B K S C
-        self.slots, self.rows = slots, rows
+    def __init__(self, c: ModelConfig, rows: int, length: int, *, loops: int, device: torch.device, dtype: torch.dtype):
+        shape = c.layers, loops, rows, c.kv_heads, length, c.head_dim  # layers L B K S C
+        self.loops, self.rows = loops, rows
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.attention = partial(F.scaled_dot_product_attention, enable_gqa=c.heads != c.kv_heads)
 
-    def prompt(self, rows: list[int], loop: int) -> Callable:
+    def prefill_attention(self, rows: list[int], loop: int) -> Callable:
         """The attention of one loop over prompts, from position 0 on, which these rows of the cache keep."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for kept, new in (self.keys, k), (self.values, v):
-                kept[layer, min(loop, self.slots - 1), rows, :, : new.shape[2]] = new
-            return causal(q, k, v)
+                kept[layer, min(loop, self.loops - 1), rows, :, : new.shape[2]] = new
+            return self.attention(q, k, v, is_causal=True)
 
         return attend
 
-    def step(self, rows: list[int], loops: list[int], positions: list[int]) -> Callable:
+    def decode_attention(self, rows: list[int], loops: list[int], positions: list[int]) -> Callable:
         """The attention of one more token in each of these rows, at its own loop and position; the cache keeps it."""
         device, length = self.keys.device, max(positions) + 1
-        slots = [min(loop, self.slots - 1) for loop in loops]
-        slot, row, position = (torch.tensor(x, device=device) for x in (slots, rows, positions))  # R, R, R
+        loops = [min(loop, self.loops - 1) for loop in loops]
+        loop, row, position = (torch.tensor(x, device=device) for x in (loops, rows, positions))  # R, R, R
         level = min(positions) + 1 == length
         mask = None if level else rearrange(torch.arange(length, device=device) <= position[:, None], "r s -> r 1 1 s")
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]  # L B K S C
-            keys[slot, row, :, position], values[slot, row, :, position] = k[:, :, 0], v[:, :, 0]
-            if len({*slots}) == 1 and len(rows) == self.rows:
-                return attention(q, keys[slots[0], :, :, :length], values[slots[0], :, :, :length], mask)
-            if copying_is_cheap(device):
-                return attention(q, keys[slot, row, :, :length], values[slot, row, :, :length], mask)
-            seen = [
-                (s, slice(b, b + 1), slice(None), slice(p + 1)) for s, b, p in zip(slots, rows, positions, strict=True)
-            ]
-            return torch.cat([attention(q[i : i + 1], keys[at], values[at]) for i, at in enumerate(seen)])
+            keys[loop, row, :, position], values[loop, row, :, position] = k[:, :, 0], v[:, :, 0]
+            # All rows at the same loop need no copy of what they have cached
+            if len({*loops}) == 1 and len(rows) == self.rows:
+                return self.attention(q, keys[loops[0], :, :, :length], values[loops[0], :, :, :length], mask)
+            if gather_rows_on(device):
+                return self.attention(q, keys[loop, row, :, :length], values[loop, row, :, :length], mask)
+            places = zip(loops, rows, positions, strict=True)
+            seen = [(at, slice(b, b + 1), slice(None), slice(p + 1)) for at, b, p in places]
+            return torch.cat([self.attention(q[i : i + 1], keys[at], values[at]) for i, at in enumerate(seen)])
 
         return attend
 
-    def keep(self, rows: list[int]) -> None:
+    def keep_rows(self, rows: list[int]) -> None:
         """Only these rows, from now on numbered in this order."""
         self.keys, self.values, self.rows = self.keys[:, :, rows], self.values[:, :, rows], len(rows)
 
-    def fill(self, rows: list[int], loops: list[int], positions: list[int]) -> None:
-        """Tokens that left after `loops` loops: the deeper slots get the last one's keys and values."""
+    def fill_deeper_loops(self, rows: list[int], loops: list[int], positions: list[int]) -> None:
+        """Tokens that left after these numbers of loops: the deeper loops get the last one's keys and values."""
         row, last, position = (torch.tensor(x, device=self.keys.device)[:, None] for x in (rows, loops, positions))
-        slot = torch.arange(self.slots, device=self.keys.device)  # L
-        source = slot.minimum(last - 1)  # R L
+        loop = torch.arange(self.loops, device=self.keys.device)  # L
+        source = loop.minimum(last - 1)  # R L
         for kept in (self.keys, self.values):
-            kept[:, slot, row, :, position] = kept[:, source, row, :, position]
+            kept[:, loop, row, :, position] = kept[:, source, row, :, position]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Where to leave
+def gather_rows_on(device: torch.device) -> bool:
+    """Rows at different loops, in one kernel: on a CPU, copying what they have cached costs more than it saves."""
+    return device.type == "cuda"
 
 
-class Exit(NamedTuple):
-    """Leave after the first loop whose score reaches the threshold, after the last loop if none does."""
-
-    rule: str = "gate"  # score: the gate's cumulative exit probability; or 'confidence', the largest token probability
-    threshold: float = 1.0
-
-    def never(self) -> bool:
-        """A threshold of 1 means all loops, however far the score is saturated."""
-        return self.threshold >= 1
+def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: list[int], loops: int) -> Tensor:
+    """All loops of prompts, which these rows of the cache keep; the state after the last one.    R T -> R T D"""
+    state, (cos, sin) = net.embed_tokens(ids), net.rotary(torch.arange(ids.shape[1], device=ids.device))
+    for loop in range(loops):
+        state = net.loop(state, cos, sin, cache.prefill_attention(rows, loop))
+    return state
 
 
-RULES = ("gate", "confidence")
-
-
-def parse_exit(exit: str | None, threshold: float | None, default: float) -> Exit:
-    """From the flags --exit RULE:THRESHOLD and --exit-threshold. Raises UserError for what they can't be."""
-    if exit and threshold is not None:
-        raise UserError(f"--exit {exit} and --exit-threshold {threshold} are two rules: give one of them")
-    if exit is None:
-        rule, flag, value = "gate", "--exit-threshold", default if threshold is None else threshold
-    else:
-        rule, _, value = exit.partition(":")
-        flag = "--exit"
-        try:
-            value = float(value)
-        except ValueError:
-            rule = ""
-        if rule not in RULES:
-            known = " or ".join(f"{rule}:0.9" for rule in RULES)
-            raise UserError(f"--exit {exit} is not a rule and its threshold: give {known}")
-    if not 0 <= value <= 1:
-        raise UserError(
-            f"{flag} {exit or value} is outside 0..1: give a threshold from 0 (first loop) to 1 (all loops)"
-        )
-    return Exit(rule, value)
-
-
-def at_exit(net: LoopedTransformer, exit: Exit, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits where each token leaves, and that loop (from 1), when all loops have run.    N L D, N L -> N V, N"""
-    every = torch.arange(len(hidden), device=hidden.device)
-    if exit.rule == "gate":
-        leave = model.exit_loop(gate, exit.threshold)  # N
-        return net.logits(hidden[every, leave]), leave + 1
-    logits = net.logits(hidden)  # N L V
-    unsure = (logits[:, :-1].softmax(-1).amax(-1) < exit.threshold) | exit.never()  # N L-1
-    leave = unsure.cumprod(-1).sum(-1)  # N
-    return logits[every, leave], leave + 1
+def decode(
+    net: LoopedTransformer, state: Tensor, cache: Cache, rows: list[int], loops: list[int], positions: list[int]
+) -> Tensor:
+    """One loop more for the newest token of each of these rows of the cache; loops count from 0.    R D -> R D"""
+    angles = net.rotary(torch.tensor(positions, device=state.device))  # R C/2, R C/2
+    cos, sin = (rearrange(x, "r c -> r 1 1 c") for x in angles)
+    return net.loop(state[:, None], cos, sin, cache.decode_attention(rows, loops, positions))[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation
 
 
-class Token(NamedTuple):
-    row: int  # which prompt it continues
-    id: int
-    loops: int  # how many loops it took; the first token of a row comes from its prompt, at full depth
+class Exit(NamedTuple):
+    """Leave after the first loop whose score reaches the threshold, after the last loop if none does."""
+
+    rule: str = "gate"  # score: the gate's cumulative exit probability; or 'confidence', the largest token probability
+    threshold: float = 1.0  # 1 means all loops, however far the score is saturated
 
 
-def draw(logits: Tensor, numbers: list[float], *, temperature: float, top_p: float) -> list[int]:
-    """A token for each row; numbers: where in 0..1 each row's draw falls, so a row's text depends on its own alone.
+def logits_at_exit(net: LoopedTransformer, exit: Exit, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits where each token leaves, and that loop (from 1), when all loops have run.    N L D, N L -> N V, N"""
+    if exit.rule == "gate":
+        leave = exit_loop(gate, exit.threshold)  # N
+    else:
+        confidence = net.logits(hidden[:, :-1]).softmax(-1).amax(-1)  # N L-1
+        leave = ((confidence < exit.threshold) | (exit.threshold >= 1)).cumprod(-1).sum(-1)  # N
+    return net.logits(hidden[torch.arange(len(hidden), device=hidden.device), leave]), leave + 1
 
-    R V -> R. Temperature 0 takes the likeliest; top_p keeps the likeliest tokens that hold this share together.
+
+def sample_tokens(logits: Tensor, numbers: list[float], *, temperature: float, top_p: float) -> list[int]:
+    """A token for each row, at a temperature above 0, among the likeliest that hold the share top_p.    R V -> R
+
+    numbers  where in 0..1 each row's draw falls, so that a row's text depends on its own draws alone
     """
-    if temperature == 0:
-        return logits.argmax(-1).tolist()
     p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # R V
-    all_of_them = torch.arange(p.shape[-1], device=p.device).expand_as(p)
-    order = p.argsort(dim=-1, descending=True, stable=True) if top_p < 1 else all_of_them  # R V
+    unsorted = torch.arange(p.shape[-1], device=p.device).expand_as(p)
+    order = p.argsort(dim=-1, descending=True, stable=True) if top_p < 1 else unsorted  # R V
     upto = p.gather(-1, order).cumsum(-1)  # R V
     mass = upto.gather(-1, (upto < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1))  # R 1
     where = torch.tensor(numbers, device=p.device, dtype=p.dtype)[:, None] * mass
     return order.gather(-1, (upto < where).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)).squeeze(-1).tolist()
+
+
+class Token(NamedTuple):
+    row: int  # which prompt it continues
+    id: int
+    loops: int  # how many loops it took; the first token of a row comes from its prompt, at full depth
+    likeliest: int  # the most probable token there
+
+
+@dataclass(eq=False)
+class Stream:
+    """A prompt under way. Its newest token is at `position` and has run `loops_run` loops."""
+
+    prompt: int  # which one
+    slot: int  # its row of the cache
+    position: int
+    loops_run: int
+    exit_loop: int  # the loop that says what comes next; 0 while that is open
+    tokens: list[int] = field(default_factory=list)  # the continuation
 
 
 @torch.no_grad()
@@ -181,6 +174,7 @@ def generate(
     prompts: list[list[int]],
     *,
     max_tokens: int,
+    given: list[list[int]] | None = None,
     exit: Exit = Exit(),  # noqa: B008  it is a constant
     loops: int | None = None,
     cache: CacheRule = "copy",
@@ -188,252 +182,243 @@ def generate(
     top_p: float = 1.0,
     batch: int | None = None,
     seeds: Sequence[object] | None = None,
-    done: Callable[[int, list[int]], bool] = lambda row, text: False,
+    done: Callable[[int, list[int]], bool] = lambda row, tokens: False,
 ) -> Iterator[Token]:
-    """Continue every prompt; tokens come as they are found, in no order over the rows.
+    """Continue every prompt; tokens come as they are chosen, in no order over the rows.
 
     prompts  token ids, of any lengths
+    given    the continuation of each prompt (teacher forcing): it is taken, not chosen, and ends the prompt
     loops    the most that a token may take (default: the model's)
-    cache    'copy': a token that left fills its deeper slots with its last loop's keys and values. 'last': one slot,
-             for the last loop of every token, a quarter of the memory at four loops. 'full': every loop runs, so the
-             cache is exact and no time is saved; the exit says only which loop's answer is taken
+    cache    'copy': a token that left copies its last loop's keys and values into its deeper loops. 'last': only
+             the last loop of every token is kept, a quarter of the memory at four loops. 'full': every loop runs,
+             so the cache is exact and no time is saved; the exit says only which loop's logits are taken
     batch    prompts side by side (default: all); when one ends, the next takes its place
     seeds    of each prompt's draws (default: its number)
     done     told a row and its new tokens after each of them; says whether the row ends there
-    Raises UserError for an empty prompt, or one longer than the model's positions.
+    Raises UserError for a prompt that is empty, or longer than the model's positions.
     """
-    most, device, weight = net.config.max_positions, net.embed_tokens.weight.device, net.embed_tokens.weight
-    for prompt in prompts:
-        if not prompt:
-            raise UserError("the prompt is empty: give at least one token to continue")
-        if len(prompt) > most:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the model {most} positions: give a shorter one")
-    loops = loops or net.config.loops
-    lengths = [len(prompt) for prompt in prompts]
-    longest = min(max(lengths) + max_tokens, most)
-    n, slots = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
-    kept = Cache(net.config, n, longest, slots=slots, device=device, dtype=weight.dtype)
+    most, weight, loops = net.config.max_positions, net.embed_tokens.weight, loops or net.config.loops
+    for n in map(len, prompts):
+        if not 1 <= n <= most:
+            raise UserError(f"the prompt has {n} tokens, the model {most} positions: give from 1 to {most} tokens")
+    limits = [min(max_tokens, len(tokens)) for tokens in given] if given else [max_tokens] * len(prompts)
+    length = min(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), most)
+    size, kept_loops = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
+    kv_cache = Cache(net.config, size, length, loops=kept_loops, device=weight.device, dtype=weight.dtype)
     generators = [data.seeded("draws", seed) for seed in seeds or range(len(prompts))]
-    texts: list[list[int]] = [[] for _ in prompts]
+    waiting = list(range(len(prompts)))
 
-    def prefill(chosen: list[int], rows: list[int]) -> Tensor:
-        """Prompts at full depth. Padding on the right is seen by no token, and decoding overwrites it.    -> R V"""
-        ids = torch.zeros(len(chosen), max(lengths[p] for p in chosen), dtype=torch.long)  # R T
-        for r, p in enumerate(chosen):
-            ids[r, : lengths[p]] = torch.tensor(prompts[p])
-        hidden = net.prefill(ids.to(device), kept, rows, loops)  # R T D
-        return net.logits(hidden[range(len(chosen)), [lengths[p] - 1 for p in chosen]])
+    # Of the newest token in each row: its state, its state at the exit, and log P(its gate has not stopped it)
+    state, exit_state = weight.new_empty(2, size, net.config.width)  # R D, R D
+    log_stay = weight.new_zeros(size, dtype=torch.promote_types(weight.dtype, torch.float32))  # R
 
-    # One entry for each prompt under way (R of them), in a row of the cache. Its newest token has run `ran` loops;
-    # `answer` is what its loop `took` says comes next, and took is 0 while that is open
-    owners, rows, waiting = list(range(n)), list(range(n)), list(range(n, len(prompts)))
-    positions, ran, took = [lengths[p] - 1 for p in owners], [loops] * n, [loops] * n
-    answer = prefill(owners, rows)  # R V
-    state, log_stay = weight.new_empty(n, net.config.width), answer.new_zeros(n)  # R D, R
-    left = list(range(n))
-    while True:
-        # Tokens that have left: the next one, and back to the first loop
-        if left:
-            numbers = [torch.rand((), generator=generators[owners[i]]).item() for i in left] if temperature else []
-            found = draw(answer[left], numbers, temperature=temperature, top_p=top_p)
+    def start(slots: list[int]) -> list[Stream]:
+        """Waiting prompts at full depth, in these rows. No token sees the padding, and decoding overwrites it."""
+        chosen = [waiting.pop(0) for _ in slots]
+        streams = [Stream(p, slot, len(prompts[p]) - 1, loops, loops) for p, slot in zip(chosen, slots, strict=True)]
+        if streams:
+            ids = data.pad([prompts[s.prompt] for s in streams]).to(weight.device)  # R T
+            hidden = prefill(net, ids, kv_cache, slots, loops)  # R T D
+            exit_state[slots] = hidden[range(len(slots)), [s.position for s in streams]]
+        return streams
+
+    streams = start(list(range(size)))
+    while streams:
+        # Tokens that have left: the next one, which starts at the first loop
+        if left := [s for s in streams if s.exit_loop and (cache != "full" or s.loops_run == loops)]:
+            slots = [s.slot for s in left]
+            logits = net.logits(exit_state[slots])  # R V
+            likeliest = chosen = logits.argmax(-1).tolist()
+            if given:
+                chosen = [given[s.prompt][len(s.tokens)] for s in left]
+            elif temperature:
+                numbers = [torch.rand((), generator=generators[s.prompt]).item() for s in left]
+                chosen = sample_tokens(logits, numbers, temperature=temperature, top_p=top_p)
+            state[slots], log_stay[slots] = net.embed_tokens(torch.tensor(chosen, device=weight.device)), 0.0
             ended = []
-            for i, token in zip(left, found, strict=True):
-                text = texts[owners[i]]
-                text.append(token)
-                yield Token(owners[i], token, took[i])
-                positions[i] += 1
-                if done(owners[i], text) or len(text) >= max_tokens or positions[i] >= most:
-                    ended.append(i)
-                ran[i] = took[i] = 0
-            state[left], log_stay[left] = net.embed_tokens(torch.tensor(found, device=device)), 0.0
+            for s, token, best in zip(left, chosen, likeliest, strict=True):
+                s.tokens.append(token)
+                yield Token(s.prompt, token, s.exit_loop, best)
+                s.position, s.loops_run, s.exit_loop = s.position + 1, 0, 0
+                if done(s.prompt, s.tokens) or len(s.tokens) >= limits[s.prompt] or s.position >= most:
+                    ended.append(s)
 
-            # Prompts that have ended: the next ones take their rows, or the rest goes on without them
-            if fresh := ended[: len(waiting)]:
-                chosen, waiting = waiting[: len(fresh)], waiting[len(fresh) :]
-                answer[fresh] = prefill(chosen, [rows[i] for i in fresh])
-                for i, p in zip(fresh, chosen, strict=True):
-                    owners[i], positions[i], ran[i], took[i] = p, lengths[p] - 1, loops, loops
-            if gone := {*ended[len(fresh) :]}:
-                on = [i for i in range(len(rows)) if i not in gone]
-                if not on:
-                    return
-                owners, rows, positions, ran, took = ([x[i] for i in on] for x in (owners, rows, positions, ran, took))
-                state, answer, log_stay = state[on], answer[on], log_stay[on]
-                if len(rows) <= kept.rows // 2:  # enough have ended: the cache is worth copying
-                    kept.keep(rows)
-                    rows = list(range(len(rows)))
-            left = [i for i in range(len(rows)) if took[i]]
-            if left:
-                continue
+            # Waiting prompts take the rows of those that have ended; the cache wants its rows in order
+            streams = [s for s in streams if s not in ended] + start([s.slot for s in ended[: len(waiting)]])
+            streams.sort(key=lambda s: s.slot)
 
-        # One loop for every row
-        state = net.decode(state, kept, rows, ran, positions)
-        ran = [n + 1 for n in ran]
+            # Without the rows that are free now, once they are half of them: the copy is worth it
+            if len(streams) <= kv_cache.rows // 2:
+                slots = [s.slot for s in streams]
+                kv_cache.keep_rows(slots)
+                state, exit_state, log_stay = state[slots], exit_state[slots], log_stay[slots]
+                for slot, s in enumerate(streams):
+                    s.slot = slot
+            continue  # with the first tokens of prompts that have just started
 
-        # Whose answer stands, and who leaves
-        logits = None
-        if exit.never():
-            enough = [n == loops for n in ran]
-        else:
+        # One loop for every stream
+        slots, positions = [s.slot for s in streams], [s.position for s in streams]
+        state[slots] = decode(net, state[slots], kv_cache, slots, [s.loops_run for s in streams], positions)
+
+        # Whose exit score has reached the threshold
+        reached = [False] * len(streams)
+        if exit.threshold < 1:
             if exit.rule == "gate":
-                log_stay = log_stay + F.logsigmoid(-net.gate(state))
-                score = -torch.expm1(log_stay)  # R
+                log_stay[slots] += F.logsigmoid(-net.gate(state[slots]))
+                score = -torch.expm1(log_stay[slots])  # R
             else:
-                logits = net.logits(state)  # R V
-                score = logits.softmax(-1).amax(-1)  # R
-            enough = [e or n == loops for e, n in zip((score >= exit.threshold).tolist(), ran, strict=True)]
-        if chosen := [i for i, e in enumerate(enough) if e and not took[i]]:
-            answer[chosen] = net.logits(state[chosen]) if logits is None else logits[chosen]
-            for i in chosen:
-                took[i] = ran[i]
-        left = [i for i in range(len(rows)) if (ran[i] == loops if cache == "full" else took[i])]
-        if cache == "copy" and (short := [i for i in left if ran[i] < loops]):
-            kept.fill(*([x[i] for i in short] for x in (rows, ran, positions)))
+                score = net.logits(state[slots]).softmax(-1).amax(-1)  # R
+            reached = (score >= exit.threshold).tolist()
+
+        # They leave here, and at the last loop those that are still there
+        open_slots = [s.slot for s in streams if not s.exit_loop]
+        exit_state[open_slots] = state[open_slots]
+        for s, enough in zip(streams, reached, strict=True):
+            s.loops_run += 1
+            if not s.exit_loop and (enough or s.loops_run == loops):
+                s.exit_loop = s.loops_run
+        if early := [s for s in streams if cache == "copy" and s.exit_loop and s.loops_run < loops]:
+            slots, positions = [s.slot for s in early], [s.position for s in early]
+            kv_cache.fill_deeper_loops(slots, [s.loops_run for s in early], positions)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-@dataclass(frozen=True)
-class SampleConfig:
-    """Continue prompts. A token that leaves after loop l has run l loops; prompts run at full depth."""
+@dataclass(frozen=True, kw_only=True)
+class GenerationFlags:
+    """Of every script that loads one checkpoint and generates."""
 
     folder: Annotated[Path, tyro.conf.Positional]  # checkpoint folder, of this program or of Hugging Face
-    prompt: tuple[str, ...]  # text to continue; several are continued side by side
-    chat: bool = False  # each prompt is a user's turn, in ChatML
-    max_tokens: int = 200  # most new tokens
-    temperature: float = 0.0  # of the draw (0: the likeliest token)
-    top_p: float = 1.0  # draw among the likeliest tokens that hold this share together
-    exit_threshold: float | None = None  # leave when the gate's cumulative probability reaches it (none: checkpoint's)
+    # leave when the gate's cumulative probability reaches it; 0: first loop, 1: all loops (none: checkpoint's)
+    exit_threshold: Annotated[float | None, Range(0, 1)] = None
     exit: str | None = None  # another rule: confidence:0.9 leaves when a token is that probable
-    loops: int | None = None  # the most loops for a token (none: the checkpoint's)
-    cache: CacheRule = "copy"  # deeper slots of a token that left: its last loop's; one slot; or all loops run
-    show_loops: bool = False  # colour each token by the loops it took
+    loops: Annotated[int | None, Range(1)] = None  # the most loops for a token (none: the checkpoint's)
+    cache: CacheRule = "copy"  # deeper loops of a token that left: a copy of its last; the last only; or all loops run
     seed: int = 0  # of the draws
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     dtype: Precision = "auto"  # of weights and cache (auto: as stored)
 
+    def exit_rule(self, default: float) -> Exit:
+        """From --exit RULE:THRESHOLD or --exit-threshold; by default the gate's, with this threshold."""
+        if self.exit is None:
+            return Exit("gate", default if self.exit_threshold is None else self.exit_threshold)
+        if self.exit_threshold is not None:
+            raise UserError(f"--exit {self.exit} and --exit-threshold {self.exit_threshold} are two rules: give one")
+        rule, _, threshold = self.exit.partition(":")
+        with suppress(ValueError):
+            if rule in ("gate", "confidence") and 0 <= float(threshold) <= 1:
+                return Exit(rule, float(threshold))
+        raise UserError(f"--exit {self.exit} is not RULE:THRESHOLD (0 to 1): give gate:0.9 or confidence:0.9")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(GenerationFlags):
+    """Continue prompts. A token that leaves after loop l has run l loops; prompts run at full depth."""
+
+    prompt: tuple[str, ...]  # text to continue; several are continued side by side
+    chat: bool = False  # each prompt is a user's turn, in ChatML
+    max_tokens: Positive = 200  # most new tokens
+    temperature: NonNegativeFloat = 0.0  # of the draw (0: the likeliest token)
+    top_p: PositiveShare = 1.0  # draw among the likeliest tokens that hold this share together
+    show_loops: bool = False  # colour each token by the loops it took
+
     def check(self) -> None:
-        """Raise UserError for a value outside its range."""
+        """Raise UserError for a value outside its range, and for a prompt that is no text."""
+        require_ranges(self)
         if not self.prompt or "" in self.prompt:
             raise UserError("the prompt is empty: give some text to continue with --prompt")
         for prompt in self.prompt:
-            try:
-                prompt.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(f"--prompt {prompt!r} is not UTF-8: give text") from error
-        if self.max_tokens < 1:
-            raise UserError(f"--max-tokens {self.max_tokens} is below 1: give a positive number")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"--temperature {self.temperature} is out of its range: give a number from 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top-p {self.top_p} is out of its range: give a share above 0, at most 1")
-        check_loops(self.loops)
+            if prompt != prompt.encode(errors="replace").decode():
+                raise UserError(f"--prompt {prompt!r} is not UTF-8: give text")
 
 
-def check_loops(loops: int | None) -> None:
-    if loops is not None and loops < 1:
-        raise UserError(f"--loops {loops} is below 1: give a positive number")
-
-
-def load(folder: Path, device: torch.device, dtype: Precision) -> tuple[LoopedTransformer, Tokenizer]:
+def load_with_tokenizer(folder: Path, device: torch.device, dtype: Precision) -> tuple[LoopedTransformer, Tokenizer]:
     """The model and its tokenizer. Raises UserError for a folder that lacks one, or if they don't fit."""
-    net = model.load(folder, device, None if dtype == "auto" else model.DTYPES[dtype])
+    net = checkpoint.load(folder, device, None if dtype == "auto" else DTYPES[dtype])
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json: put the one that the checkpoint was trained with there")
-    tokenizer = data.load_tokenizer(str(folder / "tokenizer.json"))
-    data.check_vocabulary(tokenizer, folder)
+    tokenizer = text.load_tokenizer(str(folder / "tokenizer.json"))
+    text.check_vocabulary(tokenizer, folder)
     return net.eval(), tokenizer
 
 
 def stop_ids(net: LoopedTransformer, tokenizer: Tokenizer) -> set[int]:
     """End of text, by the configuration and by the tokenizer, and the end of a turn."""
     eos = net.config.eos_token_id
-    found = {*eos} if isinstance(eos, tuple) else {eos}
-    return (found | {data.eos_id(tokenizer), tokenizer.token_to_id(data.IM_END)}) - {None}
+    configured = {*eos} if isinstance(eos, tuple) else {eos}
+    return (configured | {text.eos_id(tokenizer), tokenizer.token_to_id(text.IM_END)}) - {None}
 
 
 COLOURS = ("bright_blue", "cyan", "yellow", "red", "magenta", "bright_black")  # of 1, 2, ... loops
 
 
-def shade(loops: int) -> Style:
-    return Style(color=COLOURS[min(loops, len(COLOURS)) - 1])
+def shade(loops: int) -> str:
+    return COLOURS[min(loops, len(COLOURS)) - 1]
 
 
 def legend(loops: list[int]) -> Text:
     """Each colour with its number of loops and the share of the tokens that took so many."""
     parts = [(f"{n} {loops.count(n) / len(loops):.0%}", shade(n)) for n in range(1, max(loops) + 1)]
-    return Text("  ").join([Text("loops:"), *(Text(text, style) for text, style in parts)])
+    return Text("  ").join([Text("loops:"), *(Text(*part) for part in parts)])
 
 
 def main() -> None:
     config = tyro.cli(SampleConfig, description=__doc__)
     config.check()
-    net, tokenizer = load(config.folder, pick_device(config.device), config.dtype)
-    exit = parse_exit(config.exit, config.exit_threshold, net.config.exit_threshold)
-    console = Console(highlight=False, soft_wrap=True)
+    net, tokenizer = load_with_tokenizer(config.folder, pick_device(config.device), config.dtype)
+    exit = config.exit_rule(net.config.exit_threshold)
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     if data.is_chain(tokenizer):
         return show_chain(net, tokenizer, config, exit, console)
-    prompts = data.chat_prompts(tokenizer, list(config.prompt)) if config.chat else None
-    prompts = prompts or data.ids(tokenizer, list(config.prompt), special=True)
+    texts = list(config.prompt)
+    prompts = text.chat_prompts(tokenizer, texts) if config.chat else text.tokenize(tokenizer, texts, special=True)
     stops, streams = stop_ids(net, tokenizer), [DecodeStream(skip_special_tokens=True) for _ in prompts]
-    texts, taken, start = [Text() for _ in prompts], [], time.perf_counter()
-    for row, token, loops in generate(
-        net,
-        prompts,
-        max_tokens=config.max_tokens,
-        exit=exit,
-        loops=config.loops,
-        cache=config.cache,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        seeds=[f"{config.seed}/{i}" for i in range(len(prompts))],
-        done=lambda row, text: text[-1] in stops,
-    ):
-        taken.append(loops)
-        piece = Text(streams[row].step(tokenizer, token) or "", shade(loops) if config.show_loops else "")
-        texts[row].append(piece)
-        if len(prompts) == 1 and config.show_loops:
-            console.print(piece, end="")
-        elif len(prompts) == 1:
-            print(piece.plain, end="", flush=True)  # as it is: rich would change its tabs
+    shown, loops, start = [Text() for _ in prompts], [], time.perf_counter()
+    how = {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_p": config.top_p}
+    how |= {"exit": exit, "loops": config.loops, "cache": config.cache}
+    how["seeds"] = [f"{config.seed}/{i}" for i in range(len(prompts))]
+    for token in generate(net, prompts, done=lambda row, tokens: tokens[-1] in stops, **how):
+        loops.append(token.loops)
+        piece = streams[token.row].step(tokenizer, token.id) or ""
+        if len(prompts) > 1:
+            shown[token.row].append(piece, shade(token.loops) if config.show_loops else None)
+        elif config.show_loops:
+            console.print(Text(piece, shade(token.loops)), end="")
+        else:
+            print(piece, end="", flush=True)  # as it is: rich would change its tabs
+    seconds = time.perf_counter() - start
     if len(prompts) == 1:
         console.print()
-    for prompt, text in zip(config.prompt, texts, strict=True):
-        if len(prompts) > 1:
+    else:
+        for prompt, continuation in zip(config.prompt, shown, strict=True):
             console.rule(Text(prompt.strip().split("\n")[0]), align="left")
-            console.print(text)
-    seconds = time.perf_counter() - start
+            console.print(continuation)
     if config.show_loops:
-        console.print(legend(taken))
-    note = f"{len(taken)} tokens, {sum(taken) / len(taken):.2f} loops on average, {len(taken) / seconds:.1f} tokens/s"
-    Console(stderr=True, highlight=False).print(note, style="dim")
+        console.print(legend(loops))
+    note = f"{len(loops)} tokens, {sum(loops) / len(loops):.2f} loops on average, {len(loops) / seconds:.1f} tokens/s"
+    Console(stderr=True, markup=False, highlight=False).print(note, style="dim")
 
 
-def show_chain(
-    net: LoopedTransformer, tokenizer: Tokenizer, config: SampleConfig, exit: Exit, console: Console
-) -> None:
+def show_chain(net: LoopedTransformer, tokenizer: Tokenizer, config: SampleConfig, exit: Exit, console: Console):
     """The built-in task has answers, not text to go on with: the value after each operand, and the loops it took."""
     for prompt in config.prompt:
         symbols = prompt.split()
         ids = [tokenizer.token_to_id(symbol) for symbol in symbols]
         if len(ids) % 2 == 0 or any((i is None) or (i < data.MODULUS) != (n % 2 == 0) for n, i in enumerate(ids)):
-            raise UserError(
-                f"--prompt {prompt!r} is not chain arithmetic, which {config.folder} was trained on: "
-                "give operands 0 to 4 and operators + - × between them, as in '3 + 4 × 2'"
-            )
+            problem = f"--prompt {prompt!r} is not chain arithmetic, which {config.folder} was trained on"
+            raise UserError(f"{problem}: give operands 0 to 4 and operators + - × between them, as in '3 + 4 × 2'")
         with torch.no_grad():
             out = net(torch.tensor([ids], device=net.embed_tokens.weight.device), loops=config.loops)
-            logits, taken = at_exit(net, exit, out.hidden[0, ::2], out.gate[0, ::2])  # N V, N
-        answers, taken = logits.argmax(-1).tolist(), taken.tolist()
-        for n, (answer, loops) in enumerate(zip(answers, taken, strict=True)):
-            asked = " ".join(symbols[: 2 * n + 1])
-            line = f"{asked} = {answer}    {loops} loop{'s' * (loops > 1)}"
+            logits, exits = logits_at_exit(net, exit, out.hidden[0, ::2], out.gate[0, ::2])  # N V, N
+        answers, exits = logits.argmax(-1).tolist(), exits.tolist()
+        for n, (answer, loops) in enumerate(zip(answers, exits, strict=True)):
+            line = f"{' '.join(symbols[: 2 * n + 1])} = {answer}    {loops} {'loop' if loops == 1 else 'loops'}"
             console.print(Text(line, shade(loops) if config.show_loops else ""))
         if config.show_loops:
-            console.print(legend(taken))
+            console.print(legend(exits))
 
 
 if __name__ == "__main__":
-    report(main)
+    run_cli(main)

@@ -1,13 +1,45 @@
-"""The study: every control and every ablation from one base."""
+"""The study: LoopRPT beside its controls and its ablations, each trained from the same base on the same rows.
 
+python -m lab.study run --track demo                        train and score every variant, three seeds
+python -m lab.study table results/demo/*.json               the results as Markdown
+python -m lab.study plot results/demo/*.json --out assets   and as pictures
+"""
+
+import functools
+import itertools
+import json
+import shlex
+import statistics
+import sys
+import time
+import timeit
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from subprocess import Popen
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from safetensors.torch import load_file, save_file
+
+import data
+import eval
+import looprpt
+from support import checkpoint, runtime, text
+from support.processes import stop_signals
+from support.ranges import NonNegative, Positive, flag, flatten_config, require_ranges
+from support.runs import FOLDER
+from support.runtime import Precision, UserError, console
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The study: every control and every ablation from one base, with the same rows and steps
+# What is trained
 
 EXACT = "--paper --rpt.estimator exact --rpt.rollouts 1"
-NEXT_TOKEN = f"{EXACT} --rpt.rep-loops last --rpt.pg-weight 0 --rpt.kl-weight 0 --rpt.ent-weight 0"
-STAGE_I = f"{EXACT} --rpt.rep-loops exits --rpt.noise-std 0 --rpt.lambda-base 0 --rpt.kl-weight 0 --rpt.ent-weight 0.1"
-VARIANTS = {  # stage, whose learning rate of the track, and flags
+NEXT_TOKEN = f"{EXACT} --rpt.floor 1 --rpt.pg-weight 0 --rpt.kl-weight 0 --rpt.ent-weight 0"
+STAGE_I = f"{EXACT} --rpt.rep-bonus 0 --rpt.noise-std 0 --rpt.lambda-base 0 --rpt.kl-weight 0 --rpt.ent-weight 0.1"
+VARIANTS = {  # stage, which of the track's learning rates, and flags
     "base": ("pretrain", "ours", ""),
     "next-token": ("rpt", "control", f"{NEXT_TOKEN} --rpt.rho 1"),
     "next-token-hard": ("rpt", "paper", NEXT_TOKEN),
@@ -29,10 +61,10 @@ VARIANTS = {  # stage, whose learning rate of the track, and flags
     "looprpt-no-policy": ("rpt", "ours", "--rpt.pg-weight 0"),
     "looprpt-no-price": ("rpt", "ours", "--rpt.lambda-base 0"),
 }
-TEXT = "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json"  # in the folder of the study
+TEXT = "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json"  # {0}: folder of the study
 TRACKS = {  # flags of all runs
     "demo": "--gate.steps 500",
-    "text": f"{TEXT} --data.length 256 --model.layers 2 --model.width 192 --train.batch 8 --precision bf16 "
+    "text": f"{TEXT} --data.length 256 --model.layers 2 --model.width 192 --train.batch 8 "
     "--train.compile on --pretrain.steps 2000 --rpt.steps 200 --gate.steps 200",
     "gpu": f"{TEXT} --data.length 512 --model.layers 8 --model.width 768 --model.heads 12 --train.batch 64 "
     "--pretrain.steps 2000 --pretrain.lr 1e-3 --rpt.steps 200 --gate.steps 200",
@@ -47,435 +79,341 @@ FILES = {  # of --texts: what is trained on, what the tokenizer is learned from,
     "gpu": {"train": ("gsm8k_train", "omni_train"), "words": ("gsm8k_train", "omni_train", "books_train")}
     | {"test": ("gsm8k_test_1019",)},
 }
+NOT_COMPARED = ("out", "init", "resume", "device", "precision", "paper", "model.vocab_size", "model.eos_token_id")
+COMPARED_BUCKETS = ("all", "hard")  # in which variants are compared with each other
+BASELINES = ("base", "stage-1", "sampled", "exact")  # what each variant is compared with; looprpt is with every other
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Train a base for each seed and every variant from it, and score them all on rows that nothing was chosen by.
-    A file of results for each; what is there already is not done again."""
+    """What is trained and scored, and where."""
 
     track: Literal["demo", "text", "gpu"] = "demo"  # the built-in task, text on two cores, text on a GPU
-    seeds: int = 3  # number of bases
-    start: int = 0  # the first one's seed; several processes can share a study, each with seeds of its own
+    seeds: Positive = 3  # number of bases
+    start: NonNegative = 0  # seed of the first; several processes can share a study, each with seeds of its own
     only: tuple[str, ...] = ()  # of the variants (none: all)
     texts: Path = Path("../shared/data")  # folder of gsm8k_train, gsm8k_test_1019, omni_train (and books_train) .jsonl
     out: Path | None = None  # folder of the runs (none: out/study-TRACK)
-    results: Path | None = None  # folder of the files of results (none: results/TRACK)
+    results: Path | None = None  # folder of the result files (none: results/TRACK)
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
 
-    @property
-    def of(self) -> range:
-        """The seeds."""
-        return range(self.start, self.start + self.seeds)
 
-    def check(self) -> None:
-        """Raise UserError for a value outside its range."""
-        if self.seeds < 1:
-            raise UserError(f"--seeds {self.seeds} is below 1: give a positive number")
-        if unknown := [name for name in self.only if name not in VARIANTS]:
-            raise UserError(f"--only {' '.join(unknown)}: no such variant, the variants are {', '.join(VARIANTS)}")
-
-
-def study() -> None:
-    """`python eval.py study`: see StudyConfig."""
-    import looprpt
-
-    config = tyro.cli(StudyConfig, args=sys.argv[2:], prog="eval.py study")
-    config.check()
+def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
+    """Train a base for each seed and every variant from it, and score all on rows that nothing was chosen by. Each gets
+    a result file; what is done already is not done again."""
+    require_ranges(config)
+    names = select(config.only and ("base", *config.only), VARIANTS, "--only")
     folder = config.out or Path("out") / f"study-{config.track}"
     results = config.results or Path("results") / config.track
-    make_folder(folder)
-    make_folder(results)
-    gather_texts(config, folder)
-    names = [name for name in VARIANTS if name == "base" or name in config.only or not config.only]
-    for seed in config.of:
-        first = None
+    runtime.make_folder(folder)
+    runtime.make_folder(results)
+    prepare_texts(config, folder)
+    for seed in range(config.start, config.start + config.seeds):
+        base_scores = None  # they say which tokens each bucket holds
         for name in names:
-            run, result = folder / f"seed-{seed}" / name, results / f"{name}-{seed}.json"
-            checkpoint = run / looprpt.FOLDER[VARIANTS[name][0]]
-            if not train_variant(config, folder, seed, name, checkpoint):
+            run_folder, result = folder / f"seed-{seed}" / name, results / f"{name}-{seed}.json"
+            if not train_variant(config, folder, seed, name):
                 console.print("stopped: the same command goes on", soft_wrap=True)
                 return
-            if result.exists() and (run / "tally.safetensors").exists():
+            if result.exists() and (run_folder / "tally.safetensors").exists():
                 continue
             console.print(f"scoring {name}, seed {seed}")
-            first = first or score_variant(config, folder, folder / f"seed-{seed}" / "base" / "base")
-            s = first if name == "base" else score_variant(config, folder, checkpoint)
-            sets = buckets(first)
-            found = {key: summary(s, tokens) for key, tokens in sets.items()}
-            for key in found.keys() - {"all", *DIFFICULTY}:
-                found[key].pop("curves", None)  # by operand they are many, and nobody draws them
-            sums = {f"{side}.{key}": x for side in SIDES for key, x in tally(s, sets[side])._asdict().items()}
-            save_file({key: x.contiguous() for key, x in sums.items()}, run / "tally.safetensors")
-            log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-            every, record = max(1, len(log) // 50), model.read_json(run / "run.json")
-            write_result(
-                result,
-                {"track": config.track, "variant": name, "seed": seed}
-                | {"command": shlex.join(["python", "looprpt.py", *command(config, folder, seed, name)])}
-                | {"trained": record["starts"][-1], "buckets": found}
-                | {"training": [{k: now[k] for k in ("step", "loss", "loops")} for now in log[every - 1 :: every]]}
-                | provenance(pick_device(config.device)),
-            )
-    against(config, folder, results)
+            base_scores = base_scores or score_variant(config, folder, seed, "base")
+            scores = base_scores if name == "base" else score_variant(config, folder, seed, name)
+            sets = eval.buckets(base_scores)
+            summaries = {bucket: eval.summarize(scores, tokens) for bucket, tokens in sets.items()}
+            for bucket in summaries.keys() - {"all", *eval.DIFFICULTY}:
+                summaries[bucket].pop("curves", None)  # by operand they are many, and nothing reads them
+            tallies = {bucket: eval.tally(scores, sets[bucket])._asdict() for bucket in COMPARED_BUCKETS}
+            sums = {f"{bucket}.{key}": x.contiguous() for bucket in tallies for key, x in tallies[bucket].items()}
+            save_file(sums, run_folder / "tally.safetensors")
+            log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            every = max(1, len(log) // 50)
+            training = [{key: step[key] for key in ("step", "loss", "loops")} for step in log[every - 1 :: every]]
+            flags, starts = command(config, folder, seed, name), checkpoint.read_json(run_folder / "run.json")["starts"]
+            made = {"variant": name, "seed": seed, "command": shlex.join(["python", "looprpt.py", *flags])}
+            write_result(result, config, **made, trained=starts[-1], buckets=summaries, training=training)
+    compare_variants(config, folder, results)
 
 
-def gather_texts(config: StudyConfig, folder: Path) -> None:
-    """The files of a track of text, and its tokenizer.
-
-    Raises UserError for a file that is not there.
-    """
-    for name, files in FILES.get(config.track, {}).items():
+def prepare_texts(config: StudyConfig, folder: Path) -> None:
+    """Write the files of a text track and its tokenizer. Raises UserError for a file that is missing."""
+    for name, sources in FILES.get(config.track, {}).items():
         if not (folder / f"{name}.jsonl").exists():
-            pairs = [pair for file in files for pair in data.read(config.texts / f"{file}.jsonl")]
-            lines = [json.dumps({"prompt": prompt or "", "response": text}) + "\n" for prompt, text in pairs]
-            model.write_whole(folder / f"{name}.jsonl", "".join(lines))
+            pairs = [pair for file in sources for pair in text.read_documents(config.texts / f"{file}.jsonl")]
+            lines = [json.dumps({"prompt": prompt or "", "response": answer}) + "\n" for prompt, answer in pairs]
+            checkpoint.write_atomic(folder / f"{name}.jsonl", "".join(lines))
     if config.track in FILES and not (folder / "tokenizer.json").exists():
         vocab = 2048 if config.track == "text" else 8192
-        data.train_tokenizer(folder / "words.jsonl", vocab, folder / "tokenizer.json")
+        text.train_tokenizer(folder / "words.jsonl", vocab, folder / "tokenizer.json")
+
+
+@functools.cache
+def fast_precision() -> Precision:
+    """The precision in which this CPU multiplies small matrices faster: not every CPU has instructions for bf16."""
+    x = {name: torch.ones(256, 256, dtype=dtype) for name, dtype in runtime.DTYPES.items()}
+    return min(x, key=lambda name: min(timeit.repeat(lambda: x[name] @ x[name], number=2, repeat=5)))
 
 
 def command(config: StudyConfig, folder: Path, seed: int, name: str) -> list[str]:
     """Flags of looprpt.py for a run of the study."""
-    stage, whose, flags = VARIANTS[name]
-    rate = f"--rpt.lr {RATES[config.track][whose]}" if whose in RATES[config.track] else ""
+    stage, rate, flags = VARIANTS[name]
     start = ["--init", str(folder / f"seed-{seed}" / "base" / "base")] if name != "base" else []
-    shared = [flag.format(folder) for flag in TRACKS[config.track].split()]
-    shared += ["--seed", str(seed), "--device", config.device, *flags.split(), *rate.split()]
-    return ["--objective", stage, *start, *shared, "--out", str(folder / f"seed-{seed}" / name)]
+    shared = [part.format(folder) for part in TRACKS[config.track].split()]
+    if config.track == "text" and runtime.pick_device(config.device).type == "cpu":
+        shared += ["--precision", fast_precision()]
+    lr = ["--rpt.lr", RATES[config.track][rate]] if rate in RATES[config.track] else []
+    shared += ["--seed", str(seed), "--device", config.device]
+    return ["--objective", stage, *start, *shared, *flags.split(), *lr, "--out", str(folder / f"seed-{seed}" / name)]
 
 
-def train_variant(config: StudyConfig, folder: Path, seed: int, name: str, checkpoint: Path) -> bool:
-    """One run, if it isn't there, from its last state if it was cut off. False if somebody asked for an end.
-
-    Raises UserError if what is there was trained with other flags.
-    """
-    import looprpt
-
-    flags, record = command(config, folder, seed, name), folder / f"seed-{seed}" / name / "run.json"
+def train_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> bool:
+    """Train a variant by looprpt.py, from its last state if it was cut off. False if it was stopped."""
+    flags = command(config, folder, seed, name)
     asked = looprpt.parse(flags)
-    asked.check()
-    if record.exists():
-        saved = looprpt.revive(looprpt.Config, model.read_json(record)["config"])
-        given, found = looprpt.flags(asked), looprpt.flags(saved)
-        mute = {"out", "init", "resume", "device", "paper"}
-        mute |= {key for key in given if key.split(".")[0] in {*looprpt.FOLDER} - {*asked.objective}}  # of other stages
-        if other := [key for key in given if given[key] != found[key] and key not in mute]:
-            what = ", ".join(f"--{key.replace('_', '-')} {found[key]} for {given[key]}" for key in other)
-            raise UserError(f"{record.parent} was trained with {what}: move it away, or give another --out")
-    if checkpoint.exists():
+    if (asked.folder / "run.json").exists():
+        require_same_training(asked)
+        flags.append("--resume")
+    trained = asked.folder / FOLDER[VARIANTS[name][0]]
+    if trained.exists():
         return True
     console.rule(f"{name}, seed {seed}")
-    asked = looprpt.parse([*flags, "--resume"]) if record.exists() else asked
-    tokenizer = data.pick_tokenizer(asked.data, asked.init)
-    rows, _, _ = data.split(asked.data, tokenizer, seed=seed)
-    with looprpt.stop_signals() as stop:
-        where = {"device": pick_device(config.device), "rank": 0, "world": 1}
-        done = looprpt.run_stages(asked, tokenizer, rows, stopping=lambda: bool(stop), **where)
-    return done is not None
+    with stop_signals() as stop, Popen([sys.executable, looprpt.__file__, *flags]) as child:
+        while child.poll() is None and not stop:
+            time.sleep(0.1)
+        if stop:
+            child.terminate()
+    if child.returncode and not stop:
+        problem = f"training {name}, seed {seed}, ended with exit status {child.returncode}"
+        raise UserError(f"{problem}: mend what looprpt.py says above, then the same command goes on")
+    return trained.exists() and not stop
 
 
-def score_variant(config: StudyConfig, folder: Path, checkpoint: Path) -> Scores:
-    """On the rows that the track reports on, as long as those it trains on; in float32 on a CPU, bfloat16 on a GPU."""
-    import looprpt
-
-    rows, settings = None, DataConfig()
-    if config.track in FILES:
-        length = looprpt.parse(TRACKS[config.track].split()).data.length
-        settings = DataConfig(path=folder / "test.jsonl", length=length)
-        rows, notes = data.encode(settings.path, data.pick_tokenizer(settings, checkpoint), settings)
-        console.print(*notes, sep="\n", end="\n" * bool(notes), soft_wrap=True)
-    source = data.source(rows, settings, batch=EvalConfig.batch, seed="study", held_out=True)
-    device = pick_device(config.device)
-    return score(model.load(checkpoint, device), source, device=device)
+def require_same_training(asked: looprpt.Config) -> None:
+    """Raise UserError if the run in this folder was trained with other flags; those of other stages don't matter."""
+    recorded = looprpt.parse(["--out", str(asked.folder), "--resume"])
+    given, saved = (flatten_config(replace(c, model=c.model.resolved())) for c in (asked, recorded))
+    ignored = (*NOT_COMPARED, *(f"{stage}." for stage in FOLDER if stage not in asked.objective))
+    if changed := [key for key in given if given[key] != saved[key] and not key.startswith(ignored)]:
+        flags = ", ".join(f"{flag(key, saved[key])} instead of {given[key]}" for key in changed)
+        raise UserError(f"{asked.folder} was trained with {flags}: move it away, or give another --out")
 
 
-SIDES = ("all", "hard")  # buckets on which variants are compared
-BESIDE = ("base", "stage-1", "sampled", "exact")  # what each variant is compared with; looprpt is with every other
+def score_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> eval.Scores:
+    """Score a model on the rows that the track reports on; in float32 on a CPU, in bfloat16 on a GPU."""
+    trained = folder / f"seed-{seed}" / name / FOLDER[VARIANTS[name][0]]
+    rows, settings = None, looprpt.parse(command(config, folder, seed, "base")).data
+    if settings.path:
+        settings = replace(settings, path=folder / "test.jsonl")
+        rows, notes = data.encode(settings.path, data.pick_tokenizer(settings, trained), settings)
+        runtime.print_notes(notes)
+    source = data.source(rows, settings, batch=eval.EvalConfig.batch, seed="study", held_out=True)
+    device = runtime.pick_device(config.device)
+    return eval.score(checkpoint.load(trained, device), source, device=device)
 
 
-def against(config: StudyConfig, folder: Path, results: Path) -> None:
-    """Differences between all variants that are scored, averaged over the seeds that both have, with intervals from
-    drawing documents."""
-    seeds: dict[str, set[int]] = {}
-    for path in sorted(results.glob("*-*.json")):
-        name, _, seed = path.stem.rpartition("-")
-        if (folder / f"seed-{seed}" / name / "tally.safetensors").exists():
-            seeds.setdefault(name, set()).add(int(seed))
-
-    pairs = [(a, b) for a in seeds for b in seeds if a != b and (b in BESIDE or a == "looprpt")]
-    pairs = [(a, b, sorted(seeds[a] & seeds[b])) for a, b in pairs]
-    found: dict[str, dict] = {}
-    for bucket in SIDES:
-        drawn = {}
-        places = [(name, seed) for name in seeds for seed in seeds[name]]
-        for name, seed in track(places, bucket, console=console, transient=True, disable=not console.is_terminal):
-            sums = load_file(folder / f"seed-{seed}" / name / "tally.safetensors")
-            drawn[name, seed] = Tally(*(sums[f"{bucket}.{key}"] for key in Tally._fields)).drawn()
-        found[bucket] = {
-            f"{a} - {b}": {"seeds": of} | compare([(drawn[a, seed], drawn[b, seed]) for seed in of], each=True)
-            for a, b, of in pairs
-            if of and all(drawn[a, seed].tokens.all() for seed in of)
-        }
-    what = {"track": config.track, "against": found}
-    write_result(results / "against.json", what | provenance(pick_device(config.device)))
+def compare_variants(config: StudyConfig, folder: Path, results: Path) -> None:
+    """Write the differences between variants, averaged over the seeds that both have, with bootstrap intervals."""
+    paths, differences = sorted(folder.glob("seed-*/*/tally.safetensors")), {}
+    for bucket in COMPARED_BUCKETS:
+        tallies, differences[bucket] = defaultdict(dict), {}
+        for path in runtime.progress_bar(paths, f"comparing {bucket}"):
+            name, seed = path.parts[-2], int(path.parts[-3].removeprefix("seed-"))
+            if (results / f"{name}-{seed}.json").exists():
+                sums = load_file(path)
+                tally = eval.Tally(*(sums[f"{bucket}.{key}"] for key in eval.Tally._fields))
+                tallies[name][seed] = tally.bootstrapped()
+        for a, b in itertools.permutations(tallies, 2):
+            shared = sorted(tallies[a].keys() & tallies[b].keys())
+            drawn = [(tallies[a][seed], tallies[b][seed]) for seed in shared]
+            if drawn and (b in BASELINES or a == "looprpt") and all(tally.tokens.all() for tally, _ in drawn):
+                differences[bucket][f"{a} - {b}"] = {"seeds": shared} | eval.compare(drawn, each=True)
+    write_result(results / "against.json", config, against=differences)
 
 
-def write_result(path: Path, found: dict) -> None:
-    """As JSON, numbers with five digits."""
-
-    def short(x):
-        if isinstance(x, dict):
-            return {name: short(value) for name, value in x.items()}
-        if isinstance(x, list | tuple):
-            return [short(value) for value in x]
-        return float(f"{x:.5g}") if isinstance(x, float) else x
-
-    model.write_whole(path, json.dumps(short(found)) + "\n")
+def write_result(path: Path, config: StudyConfig, **content) -> None:
+    """Write JSON with what made it, numbers with five digits."""
+    content = {"track": config.track} | content | runtime.provenance(runtime.pick_device(config.device))
+    rounded = json.loads(json.dumps(content), parse_float=lambda x: float(f"{float(x):.5g}"))
+    checkpoint.write_atomic(path, json.dumps(rounded) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tables and pictures of a study, from its files alone
+# Tables and pictures, from the result files alone
+
+Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(help="what `python -m lab.study run` wrote")]
+Bucket = Annotated[str, tyro.conf.arg(help="all, easy, medium or hard")]
 
 
-def load_study(paths: Sequence[Path], bucket: str = "all") -> tuple[dict[str, list[dict]], dict]:
-    """The runs of each variant in the order of VARIANTS, and the differences between variants in a bucket.
+def load_study(paths: Sequence[Path], bucket: str, curves: bool) -> tuple[dict[str, list[dict]], dict]:
+    """Each variant's runs (what a result file holds, and the scores in a bucket), and the differences between variants.
 
-    Raises UserError for files that are not of one study, or not of the same seeds for every variant.
+    Raises UserError for files that are not of one study, not of the same seeds, or lack curves that are needed.
     """
-    runs: dict[str, list[dict]] = {}
-    found, tracks = {}, set()
+    results, differences, tracks = defaultdict(list), {}, set()
+    remedy = "give the files of one folder, results/demo/*.json"
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} is not a file: give the files of one folder, results/demo/*.json")
-        file = model.read_json(path)
-        if "track" not in file or not file.keys() & {"variant", "against"}:
-            raise UserError(
-                f"{path} is no result of `eval.py study`: give the files of one folder, results/demo/*.json"
-            )
-        tracks.add(file["track"])
-        if "against" in file:
-            found = file["against"].get(bucket, {})
+        content = checkpoint.read_json(path) if path.is_file() else {}
+        if "track" not in content or not content.keys() & {"variant", "against"}:
+            raise UserError(f"{path} is no result file of `python -m lab.study run`: {remedy}")
+        tracks.add(content["track"])
+        if "against" in content:
+            differences = content["against"].get(bucket, {})
             continue
-        if bucket not in file["buckets"]:
-            raise UserError(f"{path} has no bucket {bucket}: it has {', '.join(file['buckets'])}")
-        runs.setdefault(file["variant"], []).append(file)
-    if not runs or len(tracks) > 1:
-        what = (
-            f"the files are of {' and '.join(sorted(tracks))}" if runs else "there is no run's file among those given"
-        )
-        raise UserError(f"{what}: give the files of one folder, results/demo/*.json")
-    seeds = {name: sorted(run["seed"] for run in each) for name, each in runs.items()}
+        if bucket not in content["buckets"]:
+            raise UserError(f"{path} has no bucket {bucket}: it has {', '.join(content['buckets'])}")
+        scores = content["buckets"][bucket]
+        if curves and not (scores["tokens"] and scores.get("curves")):
+            raise UserError(f"{path} has no curves in --bucket {bucket}: give all, easy, medium or hard, with tokens")
+        results[content["variant"]].append(content | scores)
+    if not results or len(tracks) > 1:
+        problem = f"the files are of {' and '.join(sorted(tracks))}" if results else "no run's file was given"
+        raise UserError(f"{problem}: {remedy}")
+    seeds = {name: sorted(run["seed"] for run in each) for name, each in results.items()}
     first = next(iter(seeds))
     for name, given in seeds.items():
         if given != seeds[first] or len({*given}) < len(given):
-            raise UserError(
-                f"{name} has the seeds {given}, {first} has {seeds[first]}: give one file for each seed of each"
-            )
-    return {name: runs[name] for name in [*VARIANTS, *sorted(runs.keys() - VARIANTS)] if name in runs}, found
+            problem = f"{name} has the seeds {given}, {first} has {seeds[first]}"
+            raise UserError(f"{problem}: give one file for each seed of each")
+    return {name: results[name] for name in dict.fromkeys([*VARIANTS, *results]) if name in results}, differences
 
 
-def at_half(part: dict) -> tuple[float, float]:
-    """Average loops and accuracy of a bucket, left at the gate's threshold 0.5."""
-    return next((point["loops"], point["accuracy"]) for point in part["sweep"] if point["threshold"] == 0.5)
+def select(names: Sequence[str], among: Collection[str], option: str) -> list[str]:
+    """The names given, or all if there are none. Raises UserError for an unknown one."""
+    if unknown := [name for name in names if name not in among]:
+        raise UserError(f"{option} {' '.join(unknown)}: unknown, there are {', '.join(among)}")
+    return [*(names or among)]
 
 
-def study_table(paths: Sequence[Path], bucket: str = "all", only: Sequence[str] = ()) -> str:
-    """Markdown: a row for each variant, mean and standard deviation over the seeds."""
-    runs, found = load_study(paths, bucket)
-    names = chosen(only, runs, "--only")
-    first = next(iter(runs.values()))
-    seeds, loops = sorted(run["seed"] for run in first), len(first[0]["buckets"][bucket]["by_loop"])
-    heads = ["", *(f"loop {i + 1}" for i in range(loops)), "at q = 0.5", "loops there", "area", "looprpt ahead by"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-
-    def percent(x: float | None) -> float | None:
-        return None if x is None else 100 * x
-
-    for name in names:
-        parts = [run["buckets"][bucket] for run in runs[name]]
-        left, accuracy = zip(*map(at_half, parts), strict=True)
-        cells = [cell([percent(part["by_loop"][i]) for part in parts], 1) for i in range(loops)]
-        cells += [cell([*map(percent, accuracy)], 1), cell([*left], 2)]
-        cells.append(cell([percent(part.get("area", {}).get("gate")) for part in parts], 1))
-        ahead = found.get(f"looprpt - {name}", {})
-        if ahead.get("seeds") == seeds:
-            _, low, high = map(percent, ahead["matched gate"])
-            cells.append(f"{'+' if sum(ahead['each']) >= 0 else ''}{cell([*map(percent, ahead['each'])], 2)}")
-            cells[-1] += f" [{low:+.2f}, {high:+.2f}]"
-        else:
-            cells.append("" if name == "looprpt" else "–")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join([*lines, "", what_was_run({name: runs[name] for name in names}, bucket)])
+def at_threshold_half(scores: dict) -> tuple[float, float]:
+    """Average loops and accuracy of a bucket at exit threshold 0.5."""
+    return next((point["loops"], point["accuracy"]) for point in scores["sweep"] if point["threshold"] == 0.5)
 
 
-def what_was_run(runs: dict[str, list[dict]], bucket: str) -> str:
-    """Seeds, tokens and commits of the runs of a table."""
-    first = next(iter(runs.values()))
-    tokens = " / ".join(f"{run['buckets'][bucket]['tokens']:,}" for run in first)
-    ran = [run for found in runs.values() for run in found]
-    trained, scored = (
-        ", ".join(sorted({at["commit"][:7] for at in each if at["commit"]})) or "unknown"
-        for each in ([run["trained"] for run in ran], ran)
-    )
-    seeds = ", ".join(str(run["seed"]) for run in first)
-    return f"Seeds {seeds}; {tokens} tokens ({bucket}); trained at commit {trained}, scored at {scored}."
-
-
-def loops_table(
-    paths: Sequence[Path], at_loops: Sequence[float], bucket: str = "all", only: Sequence[str] = (), rules=()
-) -> str:
-    """Markdown: accuracy at given average numbers of loops, a row for each variant and exit rule.
-
-    Mean and standard deviation over the seeds, read off each one's curve on straight lines.
-    """
-    runs, _ = load_study(paths, bucket)
-    names = chosen(only, runs, "--only")
-    curves = need_curves({name: runs[name] for name in names}, bucket)
-    rules = chosen(rules, curves, "--rules")
-    most = max(x for x, _ in curves["gate"])
-    if wrong := [x for x in at_loops if not 1 <= x <= most]:
-        raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {most:g} loops")
-    heads = ["", "leaves by", *(f"at {x:g}" for x in at_loops)]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for name, rule in itertools.product(names, rules):
-        found = torch.tensor([run["buckets"][bucket]["curves"][rule] for run in runs[name]])  # seeds K 2
-        each = [100 * at(torch.full((len(found),), x), *found.unbind(-1)) for x in at_loops]
-        cells = [cell(values.tolist(), 1) for values in each]
-        lines.append("| " + " | ".join([name, rule, *cells]) + " |")
-    return "\n".join([*lines, "", what_was_run({name: runs[name] for name in names}, bucket)])
-
-
-def need_curves(runs: dict[str, list[dict]], bucket: str) -> dict[str, list]:
-    """The curves of the first run. Raises UserError if a run has none in this bucket."""
-    parts = [run["buckets"][bucket] for found in runs.values() for run in found]
-    if not all(part["tokens"] and part.get("curves") for part in parts):
-        raise UserError(
-            f"--bucket {bucket} has no curves in these runs: it takes all, easy, medium or hard, with tokens"
-        )
-    return parts[0]["curves"]
-
-
-def cell(values: list, digits: int) -> str:
-    """Mean and standard deviation."""
+def mean_std(values: Sequence[float | None], digits: int, scale: float = 1) -> str:
+    """Mean and standard deviation over the seeds."""
     if None in values:
         return "–"
+    values = [scale * x for x in values]
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def chosen(names: Sequence[str], among: Collection[str], flag: str) -> list[str]:
-    """Those of the names, or all if there are none. Raises UserError for one that isn't there."""
-    if unknown := [name for name in names if name not in among]:
-        raise UserError(f"{flag} {' '.join(unknown)}: these runs have {', '.join(among)}")
-    return [*(names or among)]
-
-
 def table(
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional],
-    bucket: str = "all",
-    only: tuple[str, ...] = (),
-    at_loops: tuple[float, ...] = (),
-    rules: tuple[str, ...] = (),
+    files: Files,
+    bucket: Bucket = "all",
+    only: Annotated[tuple[str, ...], tyro.conf.arg(help="these variants (none: all)")] = (),
+    at_loops: Annotated[tuple[float, ...], tyro.conf.arg(help="instead, accuracy at these average loops")] = (),
+    rules: Annotated[tuple[str, ...], tyro.conf.arg(help="there, by these exit rules only (none: all)")] = (),
 ) -> None:
-    """A study as Markdown: accuracy in % after each loop and where the gate leaves at threshold 0.5, mean loops there,
-    mean accuracy under the curve, and how far looprpt is ahead at its own number of loops (95 % interval).
-
-    Args:
-        files: what `eval.py study` wrote.
-        bucket: all, easy, medium or hard.
-        only: these variants (none: all).
-        at_loops: instead, accuracy at these average numbers of loops, by every exit rule.
-        rules: with at_loops, by these exit rules only (none: all).
-    """
+    """A study as Markdown: accuracy in % after each loop and at exit threshold 0.5, average loops there, mean accuracy
+    under the curve, and how far looprpt is ahead at its own average loops (95 % interval); means over the seeds."""
     if rules and not at_loops:
         raise UserError("--rules is for accuracy at numbers of loops: give --at-loops too, --at-loops 1.5 2 3")
-    print(loops_table(files, at_loops, bucket, only, rules) if at_loops else study_table(files, bucket, only))
+    results, differences = load_study(files, bucket, curves=bool(at_loops))
+    results = {name: results[name] for name in select(only, results, "--only")}
+    heads, *rows = loops_table(results, at_loops, rules) if at_loops else study_table(results, differences)
+    print(f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", sep="\n")
+    print(*(f"| {' | '.join(row)} |" for row in rows), sep="\n")
+    first, every = next(iter(results.values())), [run for each in results.values() for run in each]
+    seeds, tokens = ", ".join(str(run["seed"]) for run in first), " / ".join(f"{run['tokens']:,}" for run in first)
+    trained, scored = (
+        ", ".join(sorted({made["commit"][:7] for made in records if made["commit"]})) or "unknown"
+        for records in ([run["trained"] for run in every], every)
+    )
+    print(f"\nSeeds {seeds}; {tokens} tokens ({bucket}); trained at commit {trained}, scored at {scored}.")
 
 
-STYLES = {  # colours that differ for everybody, and marks that differ in print
-    "base": ("#000000", "o", "-"),
-    "next-token": ("#999999", "v", ":"),
-    "stage-1": ("#0072B2", "s", "--"),
-    "stage-2": ("#56B4E9", "D", "-."),
-    "gate-only": ("#CC79A7", "X", ":"),
-    "sampled": ("#E69F00", "^", "--"),
-    "exact": ("#009E73", "P", "-."),
-    "looprpt": ("#D55E00", "*", "-"),
+def study_table(results: dict[str, list[dict]], differences: dict) -> list[list[str]]:
+    """Heads, and a row for each variant."""
+    first = next(iter(results.values()))
+    seeds, loops = sorted(run["seed"] for run in first), len(first[0]["by_loop"])
+    heads = ("at q = 0.5", "loops there", "area", "looprpt ahead by")
+    rows = [["", *(f"loop {i + 1}" for i in range(loops)), *heads]]
+    for name, each in results.items():
+        average_loops, accuracy = zip(*map(at_threshold_half, each), strict=True)
+        by_loop = zip(*(run["by_loop"] for run in each), strict=True)
+        row = [name, *(mean_std(values, 1, 100) for values in (*by_loop, accuracy)), mean_std(average_loops, 2)]
+        row.append(mean_std([run.get("area", {}).get("gate") for run in each], 1, 100))
+        lead, cell = differences.get(f"looprpt - {name}", {}), "" if name == "looprpt" else "–"
+        if lead.get("seeds") == seeds:
+            _, low, high = lead["matched gate"]
+            sign = "+" if sum(lead["each"]) >= 0 else ""
+            cell = f"{sign}{mean_std(lead['each'], 2, 100)} [{100 * low:+.2f}, {100 * high:+.2f}]"
+        rows.append([*row, cell])
+    return rows
+
+
+def loops_table(results: dict[str, list[dict]], at_loops: Sequence[float], rules: Sequence[str]) -> list[list[str]]:
+    """Heads, and a row for each variant and exit rule; each seed's curve is read on straight lines."""
+    curves = next(iter(results.values()))[0]["curves"]
+    most = max(loops for loops, _ in curves["gate"])
+    if wrong := [x for x in at_loops if not 1 <= x <= most]:
+        raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {most:g} loops")
+    rows = [["", "leaves by", *(f"at {x:g}" for x in at_loops)]]
+    for name, rule in itertools.product(results, select(rules, curves, "--rules")):
+        loops, accuracy = torch.tensor([run["curves"][rule] for run in results[name]]).unbind(-1)  # seeds K
+        at = [eval.interpolate(torch.full((len(loops),), x), loops, accuracy).tolist() for x in at_loops]
+        rows.append([name, rule, *(mean_std(values, 1, 100) for values in at)])
+    return rows
+
+
+STYLES = {  # of lines: colours that the colour-blind tell apart, markers that differ in print
+    "base": ("#000000", "o-"),
+    "next-token": ("#999999", "v:"),
+    "stage-1": ("#0072B2", "s--"),
+    "stage-2": ("#56B4E9", "D-."),
+    "gate-only": ("#CC79A7", "X:"),
+    "sampled": ("#E69F00", "^--"),
+    "exact": ("#009E73", "P-."),
+    "looprpt": ("#D55E00", "*-"),
 }
 
 
-def plot(
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path = Path("assets"), bucket: str = "all"
-) -> None:
-    """Four pictures of a study, means over the seeds: accuracy over average loops, accuracy by loop, where tokens
-    leave, and average loops in training.
-
-    Args:
-        files: what `eval.py study` wrote.
-        out: folder of the pictures.
-        bucket: all, easy, medium or hard.
-    """
+def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> None:
+    """Two pictures of a study, means over the seeds: accuracy over average loops, and where tokens exit."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"pictures need matplotlib ({error}): pip install -r requirements.txt") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    runs, _ = load_study(files, bucket)
-    runs = {name: found for name, found in runs.items() if name in STYLES}
-    if not runs:
+    results, _ = load_study(files, bucket, curves=True)
+    results = {name: each for name, each in results.items() if name in STYLES}
+    if not results:
         raise UserError(f"nothing to draw: it takes runs of {', '.join(STYLES)}")
-    need_curves(runs, bucket)
-    make_folder(out)
-    track = next(iter(runs.values()))[0]["track"]
+    runtime.make_folder(out)
+    half = torch.tensor([[at_threshold_half(run) for run in each] for each in results.values()])  # variants seeds 2
+    for picture, panels, xlabel, ylabel in (
+        ("pareto", 2, "average loops (large mark: threshold 0.5)", f"accuracy in %, {bucket} tokens"),
+        ("exits", 1, "loop", "tokens that exit after it, in %, threshold 0.5"),
+    ):
+        figure = Figure(figsize=(2 + 5 * panels, 4), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        for ax, (i, name) in itertools.product(axes, enumerate(results)):
+            color, line = STYLES[name]
+            if picture == "pareto":
+                points = [run["curves"]["gate"] for run in results[name]]
+                ax.plot(*half[i].mean(0) * torch.tensor([1, 100]), line, color=color, markersize=10)
+            else:
+                points = [[(k, loop["share"]) for k, loop in enumerate(run["exits"], 1)] for run in results[name]]
+                ax.set_xticks([k for k, _ in points[0]])
+            x, y = torch.tensor(points).mean(0).T
+            ax.plot(x, 100 * y, line, color=color, markersize=3 if picture == "pareto" else 6, label=name)
+            ax.set_xlabel(xlabel)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(visible=True, alpha=0.3)
+        if picture == "pareto":  # the second panel: around exit threshold 0.5
+            (x0, y0), (x1, y1) = half.amin((0, 1)).tolist(), half.amax((0, 1)).tolist()
+            axes[1].set(xlim=(x0 - 0.2, x1 + 0.2), ylim=(100 * y0 - 0.5, 100 * y1 + 0.5))
+        axes[0].set_ylabel(ylabel)
+        axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        path = out / f"{results[name][0]['track']}-{picture}.png"
+        figure.savefig(path, dpi=150)
+        console.print(path, soft_wrap=True)
 
-    def mean(values: list) -> Tensor:
-        return torch.tensor(values).mean(0)
 
-    def picture(name: str, xlabel: str, ylabel: str, draw: Callable, panels: int = 1) -> None:
-        figure, every = pyplot.subplots(1, panels, figsize=(2 + 5 * panels, 4), layout="constrained", squeeze=False)
-        for axes in every[0]:
-            for variant, found in runs.items():
-                colour, mark, line = STYLES[variant]
-                parts = [run["buckets"][bucket] for run in found]
-                draw(axes, found, parts, {"color": colour, "marker": mark, "linestyle": line, "label": variant})
-            axes.set_xlabel(xlabel)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(alpha=0.3)
-        if panels > 1:  # the second one: around where the gates leave at threshold 0.5
-            x, y = torch.tensor([at_half(run["buckets"][bucket]) for found in runs.values() for run in found]).T
-            every[0, 1].set_xlim(x.min().item() - 0.2, x.max().item() + 0.2)
-            every[0, 1].set_ylim(100 * y.min().item() - 0.5, 100 * y.max().item() + 0.5)
-        every[0, 0].set_ylabel(ylabel)
-        every[0, -1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        figure.savefig(out / f"{track}-{name}.png", dpi=150)
-        pyplot.close(figure)
-        console.print(out / f"{track}-{name}.png")
+def main() -> None:
+    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table, "plot": plot})
 
-    def pareto(axes, found, parts, style) -> None:
-        x, y = mean([part["curves"]["gate"] for part in parts]).T
-        axes.plot(x, 100 * y, markersize=3, **style)
-        half = mean([at_half(part) for part in parts])
-        axes.plot(half[0], 100 * half[1], markersize=10, **style | {"label": None})
 
-    def by_loop(axes, found, parts, style) -> None:
-        y = mean([part["by_loop"] for part in parts])
-        axes.plot(range(1, len(y) + 1), 100 * y, **style)
-        axes.set_xticks(range(1, len(y) + 1))
-
-    def leave(axes, found, parts, style) -> None:
-        y = mean([[e["share"] for e in part["exits"]] for part in parts])
-        axes.plot(range(1, len(y) + 1), 100 * y, **style)
-        axes.set_xticks(range(1, len(y) + 1))
-
-    def training(axes, found, parts, style) -> None:
-        steps = [now["step"] for now in found[0]["training"]]
-        if found[0]["variant"] != "base":
-            axes.plot(steps, mean([[now["loops"] for now in run["training"]] for run in found]), markersize=3, **style)
-
-    picture("pareto", "average loops (large mark: threshold 0.5)", f"accuracy in %, {bucket} tokens", pareto, panels=2)
-    picture("by-loop", "loop", f"accuracy in %, {bucket} tokens", by_loop)
-    picture("exits", "loop", "tokens that leave after it, in %, threshold 0.5", leave)
-    picture("training", "step", "average loops of the tokens trained on", training)
+if __name__ == "__main__":
+    runtime.run_cli(main)

@@ -1,9 +1,31 @@
-"""A run on the disk."""
+"""A run on the disk: state/STAGE-STEP/ holds all that a run needs to go on, in safetensors and JSON; run.json and
+log.jsonl say what was done."""
 
+import hashlib
+import importlib.metadata
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
 
-)
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import get_total_norm
+
+from model import LoopedTransformer, ModelConfig
+from support import checkpoint
+from support.checkpoint import atomic_folder, read_json, write_atomic, write_json
+from support.processes import full_tensor, is_writer
+from support.runtime import UserError, console, git, log_steps, make_folder, provenance, timestamp
+
 Stage = Literal["pretrain", "gate", "rpt"]
-FOLDER = {"pretrain": "base", "gate": "gate", "rpt": "rpt"}  # where each stage's checkpoint goes, in --out
+FOLDER = {"pretrain": "base", "gate": "gate", "rpt": "rpt"}  # where each stage's checkpoint goes
 
 
 @dataclass
@@ -21,28 +43,39 @@ class Run:
     saved: str = "nothing is saved yet"  # what to tell a user whose run breaks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run on the disk: state/STAGE-STEP/ holds all that a run needs to go on, in safetensors and JSON
+def make_optimizer(net: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW that decays matrices only."""
+    matrices, vectors = ([p for p in net.parameters() if (p.dim() > 1) == is_matrix] for is_matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
 
-def save_run(run: Run, folder: Path, config: Config) -> None:
+def lr_factor(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine to 0: the share of the peak learning rate at a step counted from 0."""
+    rise = max(1, round(warmup * steps))
+    return (step + 1) / rise if step < rise else 0.5 + 0.5 * math.cos(math.pi * (step + 1 - rise) / (steps + 1 - rise))
+
+
+# States
+
+
+def save_run(run: Run, *, folder: Path, objective: Sequence[Stage], keep: int) -> None:
     """Write state/STAGE-STEP, complete or not at all; then only this stage's newest stay, and the last before it.
 
     Raises UserError if it can't be written, or the weights are not finite: then the last good one stays.
     """
     target = folder / "state" / f"{run.stage}-{run.step:06}"
-    norm = whole(get_total_norm(list(run.student.parameters()))).item()
+    norm = full_tensor(get_total_norm(list(run.student.parameters()))).item()
     if not math.isfinite(norm):
-        raise UserError(
-            f"the weights are not finite after {run.stage} step {run.step}: {run.saved}; try a smaller --{run.stage}.lr"
-        )
-    if model.is_writer() and (folder / "log.jsonl").exists():
-        model.sync(folder / "log.jsonl")
-    with model.new_folder(target) as temporary:
-        model.save(run.student, temporary / "student")
+        problem = f"the weights are not finite after {run.stage} step {run.step}: {run.saved}"
+        raise UserError(f"{problem}; try a smaller --{run.stage}.lr")
+    if is_writer() and (folder / "log.jsonl").exists():
+        checkpoint.fsync(folder / "log.jsonl")
+    with atomic_folder(target) as temporary:
+        checkpoint.save(run.student, temporary / "student")
         if run.teacher:
-            model.save(run.teacher, temporary / "teacher")
-        if model.is_writer():
+            checkpoint.save(run.teacher, temporary / "teacher")
+        if is_writer():
             (temporary / "moments").mkdir()
         moments = {
             f"{kind}.{name}": run.optimizer.state[p][kind]
@@ -50,29 +83,29 @@ def save_run(run: Run, folder: Path, config: Config) -> None:
             for kind in ("exp_avg", "exp_avg_sq")
             if p in run.optimizer.state
         }
-        model.save_weights(moments, temporary / "moments", run.student.embed_tokens.weight.dtype)
-        if model.is_writer():
+        checkpoint.save_weights(moments, temporary / "moments", run.student.embed_tokens.weight.dtype)
+        if is_writer():
             files = {str(f.relative_to(temporary)): checksum(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
             info = {"stage": run.stage, "step": run.step, "skipped": run.skipped, "bad": run.bad, "sha256": files}
             (temporary / "state.json").write_text(json.dumps(info, indent=1) + "\n")
     run.saved = f"the last good checkpoint is {target}"
     if dist.is_initialized():
         dist.barrier()  # from here on all may read it
-    if model.is_writer():
-        mine = states(folder, (run.stage,))
-        for old in mine[config.train.keep :] + [s for s in states(folder, config.objective) if s not in mine][1:]:
+    if is_writer():
+        mine = saved_states(folder, (run.stage,))
+        for old in mine[keep:] + [s for s in saved_states(folder, objective) if s not in mine][1:]:
             (old / "state.json").unlink(missing_ok=True)  # from here on it is no checkpoint
             shutil.rmtree(old, ignore_errors=True)
 
 
-def states(folder: Path, stages: tuple[Stage, ...]) -> list[Path]:
+def saved_states(folder: Path, stages: Sequence[Stage]) -> list[Path]:
     """The saved states of these stages, from the last step of the last stage back."""
-    found = []
+    states = []
     for path in (folder / "state").glob("*-*"):
         stage, _, step = path.name.partition("-")
         if stage in stages and step.isdecimal():
-            found.append((stages.index(stage), int(step), path))
-    return [path for _, _, path in sorted(found, reverse=True)]
+            states.append((stages.index(stage), int(step), path))
+    return [path for _, _, path in sorted(states, reverse=True)]
 
 
 def checksum(file: Path) -> str:
@@ -80,10 +113,10 @@ def checksum(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def flaw(state: Path) -> str | None:
+def damage_of(state: Path) -> str | None:
     """What is wrong with a saved state; None if nothing is. An error of the disk is not the state's: it is raised."""
     try:
-        info = model.read_json(state / "state.json")
+        info = read_json(state / "state.json")
         if f"{info['stage']}-{info['step']:06}" != state.name or "student/config.json" not in info["sha256"]:
             return "its state.json is another's"
         wrong = [name for name, digest in info["sha256"].items() if checksum(state / name) != digest]
@@ -92,20 +125,20 @@ def flaw(state: Path) -> str | None:
     return f"{', '.join(wrong)} changed since it was written" if wrong else None
 
 
-def newest(folder: Path, stage: Stage, step: int | None = None) -> Path | None:
-    """The newest sound state of a stage, or that of a step. What is damaged is put aside. All processes agree."""
+def latest_state(folder: Path, stage: Stage, step: int | None = None) -> Path | None:
+    """The newest sound state of a stage, or that of a step; damaged ones are renamed. All processes agree."""
     chosen = torch.tensor(-1)
-    if model.is_writer():
-        for state in states(folder, (stage,)):
+    if is_writer():
+        for state in saved_states(folder, (stage,)):
             if step is not None and state.name != f"{stage}-{step:06}":
                 continue
-            if not (why := flaw(state)):
+            if not (damage := damage_of(state)):
                 chosen.fill_(int(state.name.partition("-")[2]))
                 break
-            console.print(f"{state} is passed over ({why})", soft_wrap=True)
+            console.print(f"{state} is skipped ({damage})", soft_wrap=True)
             if (state / "state.json").exists():  # it may still be of use to somebody
-                aside = [state.with_name(f"{state.name}.damaged{n or ''}") for n in range(100)]
-                state.rename(next(path for path in aside if not path.exists()))
+                names = [state.with_name(f"{state.name}.damaged{n or ''}") for n in range(100)]
+                state.rename(next(path for path in names if not path.exists()))
             else:
                 shutil.rmtree(state)  # it was being removed
     if dist.is_initialized():
@@ -114,85 +147,101 @@ def newest(folder: Path, stage: Stage, step: int | None = None) -> Path | None:
     return folder / "state" / f"{stage}-{int(chosen):06}" if chosen >= 0 else None
 
 
-def load_run(state: Path, config: Config, device: torch.device, spread: Callable) -> Run:
-    """A run as it was saved, on this number of processes. Raises UserError if it is another model's."""
-    info, shape = model.read_json(state / "state.json"), model.load_config(state / "student")
+def load_models(
+    state: Path, shape: ModelConfig, device: torch.device
+) -> tuple[LoopedTransformer, LoopedTransformer | None]:
+    """Student and teacher of a saved state. Raises UserError if they are of another shape."""
+    saved = checkpoint.load_config(state / "student")
     for f in fields(ModelConfig):
-        found, given = getattr(shape, f.name), getattr(config.model.resolved(), f.name)
+        found, given = getattr(saved, f.name), getattr(shape, f.name)
         if found != given:
             raise UserError(f"{state} is of another model: its {f.name} is {found}, this run's {given}; remove it")
-    student = model.load(state / "student", device)
-    teacher = model.load(state / "teacher", device) if (state / "teacher").exists() else None
-    run = begin(info["stage"], student, config, teacher=teacher, spread=spread)
+    teacher = checkpoint.load(state / "teacher", device) if (state / "teacher").exists() else None
+    return checkpoint.load(state / "student", device), teacher
+
+
+def restore(run: Run, state: Path, steps: int) -> None:
+    """Give a run, at its first step, the position and the optimiser's moments of a saved state.
+
+    Raises UserError if the state has done more than all its steps.
+    """
+    info = read_json(state / "state.json")
     run.step, run.skipped, run.bad = info["step"], info["skipped"], info["bad"]
     run.saved = f"the last good checkpoint is {state}"
-    place = model.find_weights(state / "moments", {})
+    if run.step > steps:
+        problem = f"--{run.stage}.steps {steps} is less than the {run.step} that {state} has done"
+        raise UserError(f"{problem}: give as many or more")
+    files = checkpoint.index_tensors(state / "moments", {})
     trained = {p for group in run.optimizer.param_groups for p in group["params"]}
     for name, p in run.student.named_parameters():
-        if p not in trained or f"exp_avg.{name}" not in place:
+        if p not in trained or f"exp_avg.{name}" not in files:
             continue
         moments = {"step": torch.tensor(float(run.step - run.skipped), device=p.device)}
         for kind in ("exp_avg", "exp_avg_sq"):
-            moment = model.read_tensor(place[f"{kind}.{name}"], f"{kind}.{name}").to(p.device, p.dtype, copy=True)
+            key = f"{kind}.{name}"
+            moment = checkpoint.read_tensor(files[key], key).to(p.device, p.dtype, copy=True)
             if isinstance(p, DTensor):
                 moment = distribute_tensor(moment, p.device_mesh, p.placements, src_data_rank=None)
             moments[kind] = moment
         run.optimizer.state[p] = moments
-    return run
 
 
-def trim_log(path: Path, done: tuple[Stage, ...], stage: Stage, step: int) -> None:
-    """Keep of a log the stages that are done and this one's steps up to `step`: the rest will be done again."""
-    kept = []
+# log.jsonl and run.json
+
+
+@contextmanager
+def open_log(
+    path: Path, run: Run, done: Sequence[Stage], total: int, logger: Callable[[dict], None], state: Path | None
+) -> Iterator[Callable[[dict], None]]:
+    """A function that takes each step's numbers. The log first loses the steps that will be done again."""
+    if not is_writer():
+        yield lambda numbers: None
+        return
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            now = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a line that was being written when the run ended
-        if now["stage"] in done or (now["stage"] == stage and now["step"] <= step):
-            kept.append(line + "\n")
-    model.write_whole(path, "".join(kept))
+        with suppress(json.JSONDecodeError):  # of a line that was being written when the run ended
+            step = json.loads(line)
+            if step["stage"] in done or (step["stage"] == run.stage and step["step"] <= run.step):
+                lines.append(line + "\n")
+    write_atomic(path, "".join(lines))
+    if state:
+        console.print(f"{run.stage} goes on after step {run.step}, from {state}", soft_wrap=True)
+    with log_steps(run.stage, total, path, logger) as write:
+        yield write
 
 
-def start_record(config: Config, device: torch.device, world: int) -> dict:
+def start_record(seed: int, device: torch.device, world: int) -> dict:
     """What run.json says of each start."""
-    changed = eval.git("status", "--porcelain", "--untracked-files=no")
+    changed = git("status", "--porcelain", "--untracked-files=no")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "tyro")}
-    found = {
-        "time": now_text(),
-        "processes": world,
-        "dirty": None if changed is None else bool(changed),
-    }
-    return (
-        found | eval.provenance(device) | {"python": sys.version.split()[0], "versions": versions, "seed": config.seed}
-    )
+    record = {"time": timestamp(), "processes": world, "dirty": None if changed is None else bool(changed)}
+    return record | provenance(device) | {"python": sys.version.split()[0], "versions": versions, "seed": seed}
 
 
-def revive(kind: type, found: dict):
-    """A configuration from its JSON form."""
-    values = {}
-    for name, hint in get_type_hints(kind).items():
-        if name not in found and not is_dataclass(hint):
-            continue  # a flag that came later
-        value = found[name]
-        if isinstance(value, dict):
-            value = revive(hint, value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif isinstance(value, str) and "Path" in str(hint):
-            value = Path(value)
-        values[name] = value
-    return replace(PAPER if kind is RPTConfig else kind(), **values)  # what came later changes no older run
+def require_free(folder: Path, *, resume: bool) -> None:
+    """Raises UserError if a folder holds a run already, and it isn't to be resumed or can't be."""
+    taken = [name for name in (*FOLDER.values(), "state", "results.json") if (folder / name).exists()]
+    if taken and resume and not (folder / "run.json").exists():
+        raise UserError(f"--out {folder} has {', '.join(taken)}, but no run.json: restore it, or begin anew")
+    if taken and not resume:
+        problem = f"--out {folder} holds another run ({', '.join(taken)})"
+        raise UserError(f"{problem}: nothing saved is overwritten, give another, or --resume")
 
 
-# What a run stays with when it is resumed
-FIXED = ("objective", "init", "seed", "paper", "model.", "data.", "train.batch")
-
-
-def flags(config, group: str = "") -> dict[str, object]:
-    """Every flag's name and value."""
-    found = {}
-    for f in fields(config):
-        value = getattr(config, f.name)
-        found |= flags(value, f"{f.name}.") if is_dataclass(value) else {f"{group}{f.name}": value}
-    return found
+def open_run(folder: Path, config, student: LoopedTransformer, world: int) -> dict:
+    """Make the folder of a run, and write and print what is known of it. Returns what run.json holds."""
+    parameters, device = sum(p.numel() for p in student.parameters()), student.embed_tokens.weight.device
+    record = {"config": asdict(config), "parameters": parameters, "starts": []}
+    if not is_writer():
+        return record
+    make_folder(folder)
+    for stage, name in FOLDER.items():  # what saves that were cut off left
+        for leftover in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f"state/.{stage}-*.tmp")):
+            shutil.rmtree(leftover)
+    if config.resume and (folder / "run.json").exists():  # the flags stay those of the first start
+        record |= read_json(folder / "run.json")
+    record |= {"starts": [*record["starts"], start_record(config.seed, device, world)], "finished": None}
+    write_json(folder / "run.json", record)
+    size = f"{parameters:,} parameters, {student.config.loops} loops, on {world} x {device.type}"
+    console.print(f"{size}; the run goes to {folder}", soft_wrap=True)
+    return record

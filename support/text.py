@@ -1,28 +1,35 @@
-"""Reading files, and tokenizers."""
+"""Text on its way in: files of documents, and tokenizers (always a tokenizers.Tokenizer, saved as tokenizer.json).
 
+python -m support.text tokenizer --path train.jsonl --vocab 4096 --out tokenizer.json     trains a tokenizer
+"""
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: always a tokenizers.Tokenizer, saved as tokenizer.json beside the weights
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import tyro
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from support.checkpoint import load_config
+from support.runtime import UserError, require_new, run_cli
 
 EOS, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2 in what is made here, as in Ouro
+SPECIAL = [EOS, IM_START, IM_END]
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+KEY_PAIRS = (("problem", "solution"), ("question", "answer"), ("prompt", "response"))
 
-
-def chain_tokenizer() -> Tokenizer:
-    """The eight symbols of chain arithmetic."""
-    symbols = [*map(str, range(MODULUS)), *OPERATORS]
-    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(symbols)}, unk_token=symbols[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
-    return tokenizer
+# Tokenizers
 
 
 def byte_tokenizer() -> Tokenizer:
     """Three special tokens, then the 256 bytes: byte b is token 3 + b."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that stand for themselves in byte-level BPE
     rest = iter(range(256, 512))
-    vocab = {EOS: 0, IM_START: 1, IM_END: 2} | {chr(b if b in plain else next(rest)): 3 + b for b in range(256)}
+    vocab = {name: i for i, name in enumerate(SPECIAL)} | {
+        chr(b if b in plain else next(rest)): 3 + b for b in range(256)
+    }
     tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
-    tokenizer.add_special_tokens([EOS, IM_START, IM_END])
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -40,28 +47,18 @@ def load_tokenizer(name: str) -> Tokenizer:
         raise UserError(f"{name} is not a tokenizer ({error}): give a tokenizer.json, or 'bytes'") from error
 
 
-def tokenizer_file(config: DataConfig, checkpoint: Path | None) -> Path | None:
-    """The tokenizer.json asked for, or the checkpoint's own; None for a built-in tokenizer."""
-    if config.tokenizer == "auto":
-        return checkpoint and checkpoint / "tokenizer.json"
-    return None if config.tokenizer == "bytes" else Path(config.tokenizer)
+def pick_tokenizer(name: str, checkpoint: Path | None, built_in: Tokenizer) -> Tokenizer:
+    """The one asked for by name or path, else ('auto') the checkpoint's own, else the built-in one.
 
-
-def pick_tokenizer(config: DataConfig, checkpoint: Path | None) -> Tokenizer:
-    """The one asked for, else the checkpoint's own, else the built-in task's or the bytes.
-
-    Raises UserError for a checkpoint without tokenizer.json, one trained on text while no text is given, or one whose
-    vocabulary is smaller than the tokenizer's.
+    Raises UserError for a checkpoint without tokenizer.json, or whose vocabulary is smaller than the tokenizer's.
     """
-    file = tokenizer_file(config, checkpoint)
-    if file:
-        if checkpoint and file.parent == checkpoint and not file.is_file():
+    if name == "auto" and not checkpoint:
+        return built_in
+    if name == "auto":
+        name = str(checkpoint / "tokenizer.json")
+        if not Path(name).is_file():
             raise UserError(f"{checkpoint} has no tokenizer.json: give one with --data.tokenizer")
-        tokenizer = load_tokenizer(str(file))
-    else:
-        tokenizer = byte_tokenizer() if config.path else chain_tokenizer()
-    if config.path is None and not is_chain(tokenizer):
-        raise UserError(f"{checkpoint} was trained on text, not on the built-in chain arithmetic: give --data.path")
+    tokenizer = load_tokenizer(name)
     if checkpoint:
         check_vocabulary(tokenizer, checkpoint)
     return tokenizer
@@ -71,18 +68,12 @@ def check_vocabulary(tokenizer: Tokenizer, checkpoint: Path) -> None:
     """Raises UserError if the tokenizer has tokens that the model doesn't know."""
     known, needed = load_config(checkpoint).vocab_size, vocab_size(tokenizer)
     if known < needed:
-        raise UserError(
-            f"{checkpoint} has a vocabulary of {known}, the tokenizer one of {needed}: "
-            "give the tokenizer that the checkpoint was trained with"
-        )
+        problem = f"{checkpoint} has a vocabulary of {known}, the tokenizer one of {needed}"
+        raise UserError(f"{problem}: give the tokenizer that the checkpoint was trained with")
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-
-
-def is_chain(tokenizer: Tokenizer) -> bool:
-    return tokenizer.get_vocab() == chain_tokenizer().get_vocab()
 
 
 def eos_id(tokenizer: Tokenizer) -> int | None:
@@ -90,7 +81,7 @@ def eos_id(tokenizer: Tokenizer) -> int | None:
     return next((i for i in map(tokenizer.token_to_id, EOS_NAMES) if i is not None), None)
 
 
-def ids(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -> list[list[int]]:
+def tokenize(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -> list[list[int]]:
     """Tokens of each text. special: whether a text that spells a special token yields it."""
     tokenizer.encode_special_tokens = not special
     return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
@@ -100,13 +91,11 @@ def chat_prompts(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
     """ChatML up to where the assistant's answer starts. Raises UserError if the tokenizer lacks its tokens."""
     start, end = map(tokenizer.token_to_id, (IM_START, IM_END))
     if start is None or end is None:
-        raise UserError(
-            f"ChatML needs a tokenizer with {IM_START} and {IM_END}: give another, or leave the chat flag out"
-        )
-    newline, assistant = ids(tokenizer, ["\n", "assistant\n"])
-    return [
-        [start, *user, end, *newline, start, *assistant] for user in ids(tokenizer, [f"user\n{p}" for p in prompts])
-    ]
+        problem = f"ChatML needs a tokenizer with {IM_START} and {IM_END}"
+        raise UserError(f"{problem}: give another, or leave the chat flag out")
+    newline, assistant = tokenize(tokenizer, ["\n", "assistant\n"])
+    users = tokenize(tokenizer, [f"user\n{prompt}" for prompt in prompts])
+    return [[start, *user, end, *newline, start, *assistant] for user in users]
 
 
 def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.json")) -> None:
@@ -119,58 +108,49 @@ def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.j
     """
     if vocab < 259:
         raise UserError(f"--vocab {vocab} is too small: 3 special tokens and 256 bytes need 259")
-    if out.exists():
-        raise UserError(f"--out {out} is there already: nothing saved is overwritten, give another name")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    require_new(out)
+    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab,
-        special_tokens=[EOS, IM_START, IM_END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text for pair in read(path) for text in pair if text), trainer)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    how = {"special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab, **how)
+    tokenizer.train_from_iterator((text for pair in read_documents(path) for text in pair if text), trainer)
     tokenizer.save(str(out))
     print(f"{out}: {vocab_size(tokenizer)} tokens, learned from {path}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Files
 
-KEY_PAIRS = (("problem", "solution"), ("question", "answer"), ("prompt", "response"))
 
-
-def records(path: Path) -> Iterator[tuple[str, dict]]:
+def read_records(path: Path) -> Iterator[tuple[str, dict]]:
     """Each record of a .jsonl, .json or .parquet file, with the words that say where it stands."""
     if path.suffix == ".parquet":
         try:
             import pyarrow.parquet
+
+            rows = pyarrow.parquet.read_table(path).to_pylist()
         except ImportError as error:
             raise UserError(f"{path} needs pyarrow to be read: pip install pyarrow, or give a .jsonl file") from error
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path} is not a parquet file ({error}): give another") from error
         yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, 1))
-        return
-    text = read_text(path)
+    elif path.suffix == ".jsonl":
+        for i, line in enumerate(read_text(path).split("\n"), 1):
+            if line.strip():
+                yield f"{path} line {i}", parse_json(line, path, i)
+    else:
+        rows = parse_json(read_text(path), path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path} holds one {type(rows).__name__}: a .json file must be a list of records")
+        yield from ((f"{path} record {i}", row) for i, row in enumerate(rows, 1))
+
+
+def parse_json(text: str, path: Path, first_line: int = 1):
     try:
-        start = 0
-        if path.suffix == ".jsonl":
-            for start, line in enumerate(text.split("\n")):
-                if line.strip():
-                    yield f"{path} line {start + 1}", json.loads(line)
-        else:
-            rows = json.loads(text)
-            if not isinstance(rows, list):
-                raise UserError(f"{path} holds one {type(rows).__name__}: a .json file must be a list of records")
-            yield from ((f"{path} record {i}", row) for i, row in enumerate(rows, 1))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        line = start + error.lineno
+        line = first_line + error.lineno - 1
         raise UserError(f"{path} line {line} is not JSON ({error.msg}): mend the line, or give another file") from error
 
 
@@ -183,7 +163,9 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path} line {line} is not UTF-8 ({error.reason}): convert the file to UTF-8") from error
 
 
-def read(path: Path, prompt_key: str | None = None, response_key: str | None = None) -> list[tuple[str | None, str]]:
+def read_documents(
+    path: Path, prompt_key: str | None = None, response_key: str | None = None
+) -> list[tuple[str | None, str]]:
     """Pairs of prompt and response; the prompt of plain text is None.
 
     Raises UserError for a file that is missing, empty, not UTF-8, not JSON, of an unknown kind, or lacks the keys.
@@ -196,25 +178,21 @@ def read(path: Path, prompt_key: str | None = None, response_key: str | None = N
         pairs = [(None, text)] if (text := read_text(path)).strip() else []
     else:
         pairs = []
-        for place, record in records(path):
+        for place, record in read_records(path):
             if not isinstance(record, dict):
                 raise UserError(f"{place} is a {type(record).__name__}: each must be an object with the prompt's keys")
+            keys = ", ".join(record)
             if response_key is None:
-                prompt_key, response_key = next(
-                    (pair for pair in KEY_PAIRS if record.keys() >= {*pair}),
-                    (None, "text" if "text" in record else None),
-                )
+                known = (pair for pair in KEY_PAIRS if record.keys() >= {*pair})
+                prompt_key, response_key = next(known, (None, "text" if "text" in record else None))
             if response_key is None:
-                raise UserError(
-                    f"{place} has the keys {', '.join(record)}, none of them known: "
-                    "give --data.prompt-key and --data.response-key"
-                )
+                problem = f"{place} has the keys {keys}, none of them known"
+                raise UserError(f"{problem}: give --data.prompt-key and --data.response-key")
             for key in (prompt_key, response_key):
                 if key is not None and not isinstance(record.get(key), str):
                     what = f"a {type(record[key]).__name__} under" if key in record else "no key"
-                    raise UserError(
-                        f"{place} has {what} {key!r}: each record needs a text there; its keys are {', '.join(record)}"
-                    )
+                    problem = f"{place} has {what} {key!r}"
+                    raise UserError(f"{problem}: each record needs a text there; its keys are {keys}")
             pairs.append((record[prompt_key] if prompt_key else None, record[response_key]))
     if not pairs:
         raise UserError(f"{path} is empty: give a file with at least one document")
@@ -222,4 +200,4 @@ def read(path: Path, prompt_key: str | None = None, response_key: str | None = N
 
 
 if __name__ == "__main__":
-    report(lambda: tyro.extras.subcommand_cli_from_dict({"tokenizer": train_tokenizer}))
+    run_cli(lambda: tyro.extras.subcommand_cli_from_dict({"tokenizer": train_tokenizer}))

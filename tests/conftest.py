@@ -13,6 +13,7 @@ def pytest_addoption(parser):
         default=Path(__file__).parent / "golden",
         help="folder of the reference cases: ouro_tiny/ and rl_step/",
     )
+    parser.addoption("--mount", action="store_true", help="let the test of a full disk mount a small one (needs root)")
 
 
 @pytest.fixture

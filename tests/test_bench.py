@@ -2,33 +2,28 @@
 
 import inspect
 import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import call, refused
 from torch.testing import assert_close
 
-import bench
 import data
-import eval
 import looprpt
-import model
+import sample
+from lab import bench
 from model import LoopedTransformer, ModelConfig
+from support import checkpoint, text
 
 SHAPE = ModelConfig(layers=1, width=16, heads=2, vocab_size=259)
-
-
-def call(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, args)])
-    model.report(bench.main)
 
 
 def test_decode_compares_each_threshold_with_all_loops(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(bench.SHAPES, "medium", SHAPE)
     few = "--tokens 12 --prompt-tokens 4 --rounds 2 --batch 2 --thresholds 0 0.5".split()
-    call(monkeypatch, "decode", *few, "--out", tmp_path / "new" / "found.json")
-    found = json.loads((tmp_path / "new" / "found.json").read_text())
+    call(monkeypatch, bench, "decode", *few, "--out", tmp_path / "new" / "decode.json")
+    found = json.loads((tmp_path / "new" / "decode.json").read_text())
     assert [r["threshold"] for r in found["rows"]] == [0, 0.5, 1]
     assert [r["loops"] for r in found["rows"][::2]] == [1, 4]
     assert 1 < found["rows"][1]["loops"] < 4, "random weights leave after every loop"
@@ -41,53 +36,95 @@ def test_decode_compares_each_threshold_with_all_loops(tmp_path, monkeypatch, ca
 
 
 def test_decode_measures_what_it_says(monkeypatch, capsys):
-    """With a clock that a loop moves on by one second, the first run of each threshold by a hundred."""
+    """With a clock that a loop moves on by a second, a prompt by a thousand, and the first run by a hundred a loop."""
     monkeypatch.setitem(bench.SHAPES, "medium", SHAPE)
-    clock, runs, caches, inner = [0.0], [0], [], bench.generate
+    clock, runs, caches, decode, prefill, generate = [0.0], [0], [], sample.decode, sample.prefill, sample.generate
 
-    def timed(net, prompts, **how):
+    def timed_decode(*args):
+        clock[0] += 100 if runs[0] <= 2 else 1
+        return decode(*args)
+
+    def timed_prefill(*args):
+        clock[0] += 1000
+        return prefill(*args)
+
+    def noted_generate(*args, **how):
         runs[0] += 1
         caches.append(how["cache"])
-        for token in inner(net, prompts, **how):
-            clock[0] += token.loops * (100 if runs[0] <= 2 else 1)
-            yield token
+        return generate(*args, **how)
 
-    monkeypatch.setattr(bench, "generate", timed)
+    monkeypatch.setattr(sample, "decode", timed_decode)
+    monkeypatch.setattr(sample, "prefill", timed_prefill)
+    monkeypatch.setattr(sample, "generate", noted_generate)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    few = "--tokens 12 --prompt-tokens 4 --rounds 2 --thresholds 0 --cache last".split()
-    call(monkeypatch, "decode", *few)
-    cells = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()][-2:]
-    assert cells[0] == ["0.0", "1.0", "1.00", "4.00", "4.00", "1.00"]
-    assert cells[1][2:] == ["0.2", "4.00", "1.00", "1.00", "1.00"]
+    for batch, speeds in ((1, ("1.0", "0.2")), (2, ("2.0", "0.5"))):  # eight prompts take turns at a batch of two
+        runs[0] = 0
+        few = f"--tokens 12 --prompt-tokens 4 --rounds 2 --thresholds 0 --cache last --batch {batch}".split()
+        call(monkeypatch, bench, "decode", *few)
+        cells = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()][-2:]
+        assert cells[0] == ["0.0", speeds[0], "1.00", "4.00", "4.00", "1.00"]
+        assert cells[1][2:] == [speeds[1], "4.00", "1.00", "1.00", "1.00"]
     assert {*caches} == {"last"}
 
 
 def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a", data.byte_tokenizer())
-    call(monkeypatch, "decode", tmp_path / "a", "--tokens", 3, "--prompt-tokens", 2, "--rounds", 1, "--thresholds", 1)
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a", text.byte_tokenizer())
+    call(
+        monkeypatch,
+        bench,
+        "decode",
+        tmp_path / "a",
+        "--tokens",
+        3,
+        "--prompt-tokens",
+        2,
+        "--rounds",
+        1,
+        "--thresholds",
+        1,
+    )
     assert "all loops" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("args", "message"),
     [
-        ("--batch 0", "--batch 0 is below 1"),
-        ("--tokens 1", "--tokens 1 is below 2: the first one comes from the prompt"),
-        ("--prompt-tokens 65530", "are more than the model's 65536 positions"),
-        ("--thresholds 0.5 2", "--thresholds 0.5 2.0: give numbers from 0 to 1"),
-        ("none", "none is not a checkpoint folder"),
-        ("--device tpu", "--device tpu is not a device"),
+        ("decode --batch 0", "--batch 0 is out of its range: give a number 1 or more"),
+        ("decode --tokens 1", "--tokens 1 is out of its range: give a number 2 or more"),
+        ("decode --prompt-tokens 65530", "are more than the model's 65536 positions"),
+        ("decode --thresholds 0.5 2", "--thresholds 0.5 2.0 is out of its range: give a number from 0 to 1"),
+        ("decode none", "none is not a checkpoint folder"),
+        ("decode --device tpu", "--device tpu is not a device"),
+        ("decode --out other.json", "--out other.json is there already"),
+        ("cache none", "no --data.path was given"),
+        ("cache none --rows 0 --data.path x", "--rows 0 is out of its range"),
+        ("cache none --data.length 1 --data.path x", "--data.length 1 is out of its range"),
+        ("plan --gpus 0", "--gpus 0 is out of its range: give a number from 1 to 1024"),
+        ("plan --gpus", "--gpus came without a number"),
+        ("plan --mfu 0", "--mfu 0.0 is out of its range: give a number above 0, at most 1"),
+        ("plan --rows 0", "--rows 0 is out of its range"),
+        ("rpt --rows -1", "--rows -1 is out of its range"),
+        ("pretrain --length 1", "--length 1 is out of its range: give a number 2 or more"),
+        ("pretrain --rounds 0", "--rounds 0 is out of its range"),
+        ("rpt --out other.json", "other.json holds no results of these benchmarks"),
+        ("rpt --out half.json", "half.json holds no results of these benchmarks"),
+        ("pretrain --out .", "holds no results of these benchmarks"),
+        ("rpt --out other.json/new.json", "other.json can't be a folder"),
+        ("speeds none.json", "none.json is not a file"),
     ],
 )
-def test_mistakes_are_refused_in_a_sentence(monkeypatch, flags, message):
+def test_mistakes_are_refused_in_a_sentence(args, message, tmp_path, monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "medium", SHAPE)
-    with pytest.raises(SystemExit, match=message):
-        call(monkeypatch, "decode", *flags.split())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.json").write_text("{}")
+    (tmp_path / "half.json").write_text('{"runs": [{"forms": [{}]}]}')
+    assert message in refused(monkeypatch, bench, *args.split())
+    assert (tmp_path / "other.json").read_text() == "{}"
 
 
 def test_what_a_loop_keeps_is_what_real_tensors_keep():
     """The plan's tensors without memory, against a forward pass that is really run."""
-    net, kept = LoopedTransformer(bench.replace(SHAPE, layers=2, vocab_size=8)), {}
+    net, kept = LoopedTransformer(replace(SHAPE, layers=2, vocab_size=8)), {}
 
     def note(x):
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -99,10 +136,10 @@ def test_what_a_loop_keeps_is_what_real_tensors_keep():
         net(state, loops=1)
     weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
     expected = sum(size for at, size in kept.items() if at not in weights)
-    found = bench.saved_bytes(bench.replace(SHAPE, layers=2), 3, 10)
-    assert found == pytest.approx(expected, rel=0.02)
-    more = bench.saved_bytes(bench.replace(SHAPE, layers=2), 6, 10)
-    assert found < more < 2 * found, "the copies of the weights in bfloat16 stay the same"
+    size = bench.activation_bytes(replace(SHAPE, layers=2), 3, 10)
+    assert size == pytest.approx(expected, rel=0.02)
+    more = bench.activation_bytes(replace(SHAPE, layers=2), 6, 10)
+    assert size < more < 2 * size, "the copies of the weights in bfloat16 stay the same"
 
 
 def test_the_plan_adds_up(monkeypatch, capsys):
@@ -115,101 +152,86 @@ def test_the_plan_adds_up(monkeypatch, capsys):
     assert [fsdp[k] * 8 for k in ("weights", "grads", "moments", "teacher")] == [4 * n, 4 * n, 8 * n, 4 * n]
     assert fsdp["gathered"] == 4 * n + 4 * n + 2 * n
     assert bench.memory(bench.PlanConfig(shape="ouro-1.4b", objective="gate"), 1)["moments"] == 8 * 2049
-    whole = bench.memory(bench.PlanConfig(shape="ouro-1.4b", checkpoint=False), 8)["layers"]
+    whole = bench.memory(bench.PlanConfig(shape="ouro-1.4b", recompute=False), 8)["layers"]
     assert whole > 10 * fsdp["layers"]
-    call(monkeypatch, "plan", "--shape", "ouro-1.4b", "--gpus", 1, 1024)
+    call(monkeypatch, bench, "plan", "--shape", "ouro-1.4b", "--gpus", 1, 1024)
     shown = capsys.readouterr().out
     assert "768 KiB a token, 192 with" in " ".join(shown.split())
-    for flags, message in (
-        ("--gpus 0", "--gpus 0: give numbers from 1 to 1024"),
-        ("--mfu 0", "--mfu 0.0 is out of its range"),
-        ("--rows 0", "--rows 0 is below 1"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            call(monkeypatch, "plan", *flags.split())
 
 
 @pytest.mark.parametrize("rule", ["full", "copy", "last"])
 @pytest.mark.parametrize("threshold", [0.3, 1.0])
 def test_given_text_leaves_what_generated_text_leaves(rule, threshold):
     """Decoding what `generate` wrote finds its tokens and its loops again, whatever the rule for the cache."""
-    net = LoopedTransformer(bench.replace(SHAPE, layers=2, vocab_size=13, init_std=0.3)).double()
+    net = LoopedTransformer(replace(SHAPE, layers=2, vocab_size=13, init_std=0.3)).double()
     torch.nn.init.normal_(net.early_exit_gate.weight)
-    prompts, rows, loops = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], [], 0
-    texts = [[] for _ in prompts]
-    for token in bench.generate(net, prompts, max_tokens=9, exit=bench.Exit("gate", threshold), cache=rule):
-        loops += token.loops * bool(texts[token.row])
+    prompts, texts, tokens = [[1, 2, 3], [4], [5, 6, 7, 8, 9]], [[] for _ in range(3)], []
+    how = {"exit": sample.Exit("gate", threshold), "cache": rule}
+    for token in sample.generate(net, prompts, max_tokens=9, **how):
         texts[token.row].append(token.id)
-    for prompt, text in zip(prompts, texts, strict=True):
-        rows.append(data.Row(prompt + text, len(prompt)))
-    assert bench.forced(net, rows, threshold, rule) == (24, 24, loops)
+        if len(texts[token.row]) > 1:
+            tokens.append(token)
+    rows = [data.Row(prompt + text, len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
+    forced = bench.teacher_forced(net, rows, batch=2, **how)
+    assert len(forced) == 24
+    assert all(token.id == token.likeliest for token in forced)
+    by_row = lambda tokens: [[t for t in tokens if t.row == row] for row in range(3)]  # noqa: E731
+    assert by_row(forced) == by_row(tokens)
 
 
 def test_cache_compares_the_three_rules(tmp_path, monkeypatch, capsys):
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a", data.byte_tokenizer())
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a", text.byte_tokenizer())
     lines = [json.dumps({"question": f"{i} + {i}?", "answer": str(2 * i)}) + "\n" for i in range(40)]
     (tmp_path / "val.jsonl").write_text("".join(lines))
     args = [tmp_path / "a", "--data.path", tmp_path / "val.jsonl", "--rows", 5, "--thresholds", 0.5, 1]
-    call(monkeypatch, "cache", *args, "--out", tmp_path / "found.json")
-    found = json.loads((tmp_path / "found.json").read_text())["rows"]
-    assert [(r["cache"], r["threshold"]) for r in found] == [(c, t) for c in ("full", "copy", "last") for t in (0.5, 1)]
-    exact, copied = (next(r for r in found if r["cache"] == c and r["threshold"] == 1) for c in ("full", "copy"))
+    call(monkeypatch, bench, "cache", *args, "--out", tmp_path / "cache.json")
+    rows = json.loads((tmp_path / "cache.json").read_text())["rows"]
+    assert [(r["cache"], r["threshold"]) for r in rows] == [(c, t) for c in ("full", "copy", "last") for t in (0.5, 1)]
+    exact, copied = (next(r for r in rows if r["cache"] == c and r["threshold"] == 1) for c in ("full", "copy"))
     assert exact["accuracy"] == copied["accuracy"]
     assert exact["loops"] == 4
     assert "accuracy in % at average loops" in " ".join(capsys.readouterr().out.split())
-    with pytest.raises(SystemExit, match=r"no --data.path was given"):
-        call(monkeypatch, "cache", tmp_path / "a")
 
 
-# Training and scoring
+# Training steps
 
 
 @pytest.mark.parametrize("rollouts", [2, 3])
-def test_the_yardstick_is_the_same_step(rollouts, monkeypatch):
+def test_the_naive_step_is_the_same_step(rollouts, monkeypatch):
     """The same loss and gradient as ours, for the same noise and the same drawn exits; in at most sixty lines."""
-    assert len(inspect.getsource(bench.yardstick).splitlines()) <= 60
+    assert len(inspect.getsource(bench.naive_step).splitlines()) <= 60
     draw = looprpt.draw_exits
     monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, _: draw(logpi, data.seeded("exits")))
     ids = torch.randint(259, (3, 12), generator=data.seeded("ids"))
     mask = torch.rand(3, 11, generator=data.seeded("mask")) < 0.7
-    batch, found = data.Batch(ids[:, :-1], ids[:, 1:], mask), []
+    batch, results = data.Batch(ids[:, :-1], ids[:, 1:], mask), []
     cfg = replace(looprpt.PAPER, rollouts=rollouts, noise_std=0.3, rho=0.4, kl_weight=0.3, ent_weight=0.2)
-    counts, _ = looprpt.count(batch, cfg.rho, torch.device("cpu"))
-    for form in ("plain", "ours"):
+    for form in ("naive", "ours"):
         student, teacher = (
             LoopedTransformer(replace(SHAPE, init_std=0.3), generator=data.seeded(who)).double() for who in "st"
         )
-        generator = data.seeded("noise")
-        if form == "plain":
-            loss = bench.yardstick(student, teacher, batch, cfg, generator)
-        else:
-            loss = looprpt.rpt_step(student, teacher, batch, cfg, counts=counts, generator=generator).loss
+        loss = bench.loss_of(form, student, teacher, batch, cfg)
         loss.backward()
-        found.append([loss.detach(), *(p.grad for p in student.parameters())])
+        results.append([loss.detach(), *(p.grad for p in student.parameters())])
         assert all(p.grad is None for p in teacher.parameters())
-    for plain, ours in zip(*found, strict=True):
-        assert_close(plain, ours, rtol=1e-9, atol=1e-11)
+    for naive, ours in zip(*results, strict=True):
+        assert_close(naive, ours, rtol=1e-9, atol=1e-11)
 
 
-def test_plain_pretraining_and_scoring_are_the_same():
+def test_naive_pretraining_is_the_same():
     net = LoopedTransformer(replace(SHAPE, init_std=0.3), generator=data.seeded("net"))
-    source = data.Documents(
-        [data.Row(torch.randint(259, (n,), generator=data.seeded(n)).tolist(), 1) for n in (9, 9)], batch=2, seed=0
-    )
-    batch, cfg = source.batch(0), looprpt.PretrainConfig(beta=0.3)
-    counts, _ = looprpt.count(batch, 0.2, torch.device("cpu"))
-    ours = looprpt.pretrain_step(net, batch, cfg, counts=counts).loss
-    assert_close(bench.plain_pretrain(net, batch, cfg.beta), ours)
-    found = eval.score(net, source, device=torch.device("cpu"))
-    assert_close(bench.plain_score(net, batch), tuple(found)[:7])
+    rows = [data.Row(torch.randint(259, (n,), generator=data.seeded(n)).tolist(), 1) for n in (9, 7)]
+    batch, cfg = data.collate(rows), looprpt.PretrainConfig(beta=0.3)
+    naive, ours = (bench.loss_of(form, net, None, batch, cfg) for form in ("naive", "ours"))
+    assert_close(naive, ours)
 
 
-@pytest.mark.parametrize("name", ["rpt", "pretrain", "eval"])
+@pytest.mark.parametrize("name", ["rpt", "pretrain"])
 def test_speeds_are_gathered_in_one_file(name, tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
     out, few = tmp_path / "new" / "bench.json", ["--no-compile", "--rows", "2", "--length", "8", "--rounds", "1"]
     for precision in ("fp32", "bf16"):
-        call(monkeypatch, name, *few, "--precision", precision, "--out", out)
+        call(monkeypatch, bench, name, *few, "--precision", precision, "--out", out)
     shown = capfd.readouterr()
     assert shown.err == "", "the profiler's own words stay away"
     runs = json.loads(out.read_text())["runs"]
@@ -218,38 +240,52 @@ def test_speeds_are_gathered_in_one_file(name, tmp_path, monkeypatch, capfd):
         assert run["bench"] == name
         assert run.keys() > {"argv", "commit", "torch", "device", "shape", "rows", "length", "threads", "peak_tflops"}
         first = run["forms"][0]
-        assert (first["form"], first["speedup"], first["memory"]) == ("plain", 1, 1)
+        assert (first["form"], first["speedup"], first["memory"]) == ("naive", 1, 1)
         assert all(r["tokens_per_s"] > 0 and r["peak_gib"] > 0 and r["mfu"] > 0 for r in run["forms"])
     if name == "rpt":
-        assert [r["form"] for r in runs[0]["forms"]] == ["plain", "sampled", "exact", "looprpt"]
-    call(monkeypatch, "speeds", out)
+        assert [r["form"] for r in runs[0]["forms"]] == ["naive", "sampled", "exact", "looprpt"]
+    call(monkeypatch, bench, "speeds", out)
     table = capfd.readouterr().out
-    assert f"`python bench.py {name} --no-compile --rows 2 --length 8 --rounds 1 --precision bf16`" in table
-    assert table.count("| plain |") == 2
+    assert f"`python -m lab.bench {name} --no-compile --rows 2 --length 8 --rounds 1 --precision bf16`" in table
+    assert table.count("| naive |") == 2
 
 
-def test_speeds_say_what_the_clock_and_the_memory_say(monkeypatch, capsys):
-    """A plain step of 8 seconds and 4 GiB, ours of 2 seconds and 1 GiB."""
-    now, sizes = [0.0], {"plain": 4 * 2**30, "ours": 2**30}
+def test_older_results_are_printed_with_the_names_of_today():
+    row = {"form": "plain", "tokens_per_s": 1234.5, "speedup": 1.0, "peak_gib": 2.0, "memory": 1.0, "mfu": 0.125}
+    old = {"bench": "rpt", "argv": ["bench.py", "rpt", "--out", "x.json", "--rows", "3"], "precision": "fp32"}
+    runs = [old | {"forms": [row, row | {"form": "exact"}]}, old | {"bench": "eval", "forms": [row]}]
+    assert bench.speeds_markdown(runs).splitlines()[2:] == [
+        "| **`python -m lab.bench rpt --rows 3`** (fp32) | | | | | |",
+        "| naive | 1,234 | 1.00 | 2.00 | 1.00 | 12 % |",
+        "| exact | 1,234 | 1.00 | 2.00 | 1.00 | 12 % |",
+    ]
+
+
+@pytest.mark.parametrize("stage", ["rpt", "pretrain"])
+def test_speeds_say_what_the_clock_and_the_memory_say(stage, monkeypatch, capsys):
+    """A naive step of 8 seconds and 4 GiB, ours of 2 seconds and 1 GiB."""
+    now, forms = [0.0], {"naive": (8, 4 * 2**30), "ours": (2, 2**30)}
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
 
-    def setup(device, net, source):
-        def step(seconds):
-            now[0] += seconds
+    def loss_of(form, net, teacher, batch, cfg):
+        assert (teacher is None) == (stage == "pretrain")
+        now[0] += forms[form][0]
+        return sum(p.sum() for p in net.parameters())
 
-        return {"plain": bench.Form(lambda: step(8), 16e12), "ours": bench.Form(lambda: step(2), 16e12)}, (net,), 0
-
-    def peak(step, standing, device):
+    def peak_bytes(step, standing, device):
         start = now[0]
         step()
-        return sizes["plain" if now[0] - start == 8 else "ours"]
+        return forms["naive" if now[0] - start == 8 else "ours"][1]
 
     monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
-    monkeypatch.setattr(bench, "peak_bytes", peak)
-    monkeypatch.setattr(bench, "peak_flops", lambda *_: 16e12)
-    bench.race("rpt", bench.SpeedConfig(rows=4, length=16, compile=False), setup)
+    monkeypatch.setitem(bench.FORMS, stage, dict.fromkeys(forms, bench.FORMS[stage]["naive"]))
+    monkeypatch.setattr(bench, "loss_of", loss_of)
+    monkeypatch.setattr(bench, "peak_bytes", peak_bytes)
+    monkeypatch.setattr(bench, "measured_peak", lambda *_: 16e12)
+    monkeypatch.setattr(bench.runtime, "step_flops", lambda *_: 16e12)
+    bench.compare_forms(stage, bench.SpeedConfig(rows=4, length=16, compile=False))
     cells = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["plain", "8", "1.00", "4.00", "1.00", "12", "%"] in cells
+    assert ["naive", "8", "1.00", "4.00", "1.00", "12", "%"] in cells
     assert ["ours", "32", "4.00", "1.00", "0.25", "50", "%"] in cells
 
 
@@ -263,23 +299,17 @@ def test_peak_memory_counts_what_lives_at_once():
     assert bench.peak_bytes(step, 1000, torch.device("cpu")) - 1000 == pytest.approx(3 * 2**22, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (["rpt", "--rows", "-1"], "--rows -1 is too small"),
-        (["pretrain", "--length", "1"], "--length 1 is too small"),
-        (["eval", "--rounds", "0"], "--rounds 0 is too small"),
-        (["rpt", "--out", "other.json"], "other.json holds no results of these benchmarks"),
-        (["rpt", "--out", "half.json"], "half.json holds no results of these benchmarks"),
-        (["eval", "--out", "."], "holds no results of these benchmarks"),
-        (["rpt", "--out", "other.json/new.json"], "other.json can't be a folder"),
-        (["speeds", "none.json"], "none.json is not a file"),
-    ],
-)
-def test_speeds_refuse_what_they_cannot_do(args, said, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "other.json").write_text("{}")
-    (tmp_path / "half.json").write_text('{"runs": [{"forms": [{}]}]}')
-    with pytest.raises(SystemExit, match=said):
-        call(monkeypatch, *args)
-    assert (tmp_path / "other.json").read_text() == "{}"
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_measured_peak_stops_growing_where_a_product_is_slow(precision, monkeypatch):
+    """Products of 256 to 2048 that take a second for each 2**31 operations; the largest is not tried after 1024."""
+    sizes = []
+
+    def repeat(statement, globals, number, repeat):
+        size = len(globals["a"])
+        sizes.append(size)
+        exec(statement, globals)
+        return [2 * size**3 / 2**31 / 16, 9.0]
+
+    monkeypatch.setattr(bench.timeit, "repeat", repeat)
+    assert bench.measured_peak(torch.device("cpu"), precision) == 16 * 2**31
+    assert sizes == [256, 512]

@@ -1,45 +1,25 @@
 """What a person types, sees and is refused: the whole run, the files it leaves, and every README command."""
 
-import itertools
 import json
-import os
+import math
 import re
 import runpy
-import shlex
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 
 import pytest
 import torch
-import tyro
+from helpers import call, refused
 
-import bench
 import data
 import eval
 import looprpt
-import model
-import sample
+from model import LoopedTransformer
+from support import checkpoint, ranges, runs, runtime, text
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--data.operands 3 --model.loops 3 --data.val-rows 1000 --train.batch 64".split()
-
-
-def call(monkeypatch, module, *args):
-    """Run a script in this process, as from the command line."""
-    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, args)])
-    model.report(module.main)
-
-
-def refused(monkeypatch, module, *args) -> str:
-    with pytest.raises(SystemExit) as error:
-        call(monkeypatch, module, *args)
-    message = str(error.value.code)
-    assert message.startswith("error: "), f"not refused in a sentence: {message}"
-    assert "\n" not in message
-    return message.removeprefix("error: ")
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +85,11 @@ def test_run_json_says_what_was_run(run):
     assert found.keys() == {"config", "parameters", "starts", "finished"}
     assert found["finished"]
     assert found["config"]["rpt"]["steps"] == 150
-    assert found["parameters"] == sum(p.numel() for p in model.load(run / "base").parameters())
+    assert found["parameters"] == sum(p.numel() for p in checkpoint.load(run / "base").parameters())
     (start,) = found["starts"]
     known = {"time", "processes", "dirty", "argv", "commit", "torch", "device", "python", "versions", "seed"}
     assert start.keys() == known
-    assert looprpt.revive(looprpt.Config, found["config"]).data.operands == 3
+    assert ranges.config_from_json(looprpt.Config, found["config"], {}).data.operands == 3
 
 
 def test_eval_repeats_the_runs_own_numbers(run, tmp_path, monkeypatch, capsys):
@@ -123,10 +103,10 @@ def test_eval_repeats_the_runs_own_numbers(run, tmp_path, monkeypatch, capsys):
 
 
 def test_scores_agree_with_a_plain_count(run):
-    net, config = model.load(run / "rpt"), data.DataConfig(operands=3, val_rows=50)
+    net, config = checkpoint.load(run / "rpt"), data.DataConfig(operands=3, val_rows=50)
     source = data.source(None, config, batch=16, seed=0, held_out=True)
     s = eval.score(net, source, device=torch.device("cpu"))
-    found = eval.summary(s, eval.buckets(s)["depth_3"])
+    found = eval.summarize(s, eval.buckets(s)["depth_3"])
     right, loops, n = [0, 0, 0], 0, 0
     for i in range(source.batches):
         batch = source.batch(i)
@@ -162,7 +142,7 @@ def test_a_stage_starts_from_a_checkpoint_and_takes_its_shape(run, tmp_path, mon
     call(monkeypatch, looprpt, "--init", run / "base", "--objective", "gate", "rpt", *few)
     out = tmp_path / "out" / "base-gate-rpt"
     assert list(json.loads((out / "results.json").read_text())["models"]) == ["base", "gate", "rpt"]
-    base, gate = model.load(run / "base"), model.load(out / "gate")
+    base, gate = checkpoint.load(run / "base"), checkpoint.load(out / "gate")
     changed = [n for (n, p), q in zip(base.named_parameters(), gate.parameters(), strict=True) if not p.equal(q)]
     assert changed == ["early_exit_gate.weight", "early_exit_gate.bias"]
 
@@ -171,7 +151,7 @@ def test_fewer_loops_may_be_asked_of_a_checkpoint_but_no_other_shape(run, tmp_pa
     monkeypatch.chdir(tmp_path)
     few = [*SMALL[:2], *SMALL[4:], "--rpt.steps", 1, "--init", run / "base", "--objective", "rpt"]
     call(monkeypatch, looprpt, *few, "--model.loops", 2, "--out", "two")
-    assert model.load_config(tmp_path / "two" / "rpt").loops == 2
+    assert checkpoint.load_config(tmp_path / "two" / "rpt").loops == 2
     message = refused(monkeypatch, looprpt, *few, "--model.width", 128, "--out", "wide")
     assert message.startswith("--model.width 128 contradicts the checkpoint")
     assert not (tmp_path / "wide").exists()
@@ -181,7 +161,7 @@ def test_fewer_loops_may_be_asked_of_a_checkpoint_but_no_other_shape(run, tmp_pa
     "flags",
     [
         "--paper",
-        "--rpt.estimator sampled --rpt.rollouts 8 --rpt.rep-loops last",
+        "--rpt.estimator sampled --rpt.rollouts 8 --rpt.floor 1",
         "--precision bf16",
         "--model.layers 2 --model.kv-heads 2 --model.loops 2",
     ],
@@ -189,8 +169,17 @@ def test_fewer_loops_may_be_asked_of_a_checkpoint_but_no_other_shape(run, tmp_pa
 def test_the_other_forms_train_too(tmp_path, monkeypatch, flags):
     few = "--pretrain.steps 2 --rpt.steps 2 --data.val-rows 20 --train.batch 8".split()
     call(monkeypatch, looprpt, *few, *flags.split(), "--out", tmp_path / "out")
-    lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
-    assert all(abs(json.loads(line)["loss"]) < 100 for line in lines)
+    config = looprpt.parse([*few, *flags.split()]).rpt
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in log] == [(s, n) for s in ("pretrain", "rpt") for n in (1, 2)]
+    assert all(line["skipped"] == 0 and line["grad_norm"] > 0 for line in log)
+    loops = checkpoint.load_config(tmp_path / "out" / "rpt").loops
+    assert log[0]["last_ce"] == pytest.approx(math.log(8), rel=0.05), "random weights know nothing of eight symbols"
+    assert 0 < log[0]["entropy"] <= math.log(loops)
+    for line in log[2:]:
+        weights = {"pg": 1, "rep": 1, "distill": config.distill_weight, "ent": config.ent_weight}
+        total = sum(weight * line[name] for name, weight in (weights | {"kl": config.kl_weight}).items())
+        assert line["loss"] == pytest.approx(total, rel=1e-4, abs=1e-5)
 
 
 # Refusals
@@ -210,19 +199,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     assert f"the last good checkpoint is {run / 'base'}; try a smaller --rpt.lr" in message
     assert {p.name for p in (tmp_path / "out").iterdir()} <= {"log.jsonl", "run.json", "state"}
     assert not [*(tmp_path / "out").glob("state/*")]
-    model.load(run / "base")
+    checkpoint.load(run / "base")
 
 
 RANGES = """--model.width 65 | --model.width 65 is not divisible by --model.heads 4: try --model.width 68
 --model.heads 4 --model.kv-heads 3 | --model.heads 4 is not divisible by --model.kv-heads 3
 --model.loops 1 | --model.loops 1 leaves rpt no exit to learn: give 2 or more loops
---model.loops 0 --objective pretrain | --model.loops 0 is below 1
+--model.loops 0 --objective pretrain | --model.loops 0 is out of its range: give a number 1 or more
 --rpt.estimator sampled | --rpt.rollouts 1 gives no group to compare: the sampled estimator needs 2 or more
 --rpt.rollouts 0 | --rpt.rollouts 0 is out of its range: give a number 1 or more
 --rpt.rho 0 | --rpt.rho 0.0 is out of its range: give a number above 0, at most 1
 --rpt.rho 1.1 | --rpt.rho 1.1 is out of its range
 --rpt.tau 2 | --rpt.tau 2.0 is out of its range: give a number above 0, at most 1
---rpt.ema 1.5 | --rpt.ema 1.5 is out of its range: give a number from 0 to 1
+--rpt.ema-decay 1.5 | --rpt.ema-decay 1.5 is out of its range: give a number from 0 to 1
 --rpt.noise-std -0.1 | --rpt.noise-std -0.1 is out of its range: give a number 0 or more
 --rpt.lr nan | --rpt.lr nan is out of its range: give a number above 0
 --rpt.lr inf | --rpt.lr inf is out of its range
@@ -258,7 +247,7 @@ def test_a_mistake_is_refused_in_a_sentence_before_anything_is_written(tmp_path,
 
 def test_more_processes_than_rows_are_refused_and_each_leaves_by_itself(tmp_path, monkeypatch):
     left = []
-    monkeypatch.setattr(model, "leave", left.append)
+    monkeypatch.setattr(runtime, "exit_process", left.append)
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setattr(sys, "argv", ["looprpt.py", "--train.batch", "4", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit):
@@ -275,7 +264,7 @@ def test_a_checkpoint_of_the_built_in_task_and_a_text_do_not_mix(run, tmp_path, 
 def test_a_row_longer_than_the_checkpoints_positions_is_refused(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some text\n" * 100)
     short = looprpt.ModelConfig(vocab_size=259, max_positions=64)
-    model.save(model.LoopedTransformer(short), tmp_path / "a", data.byte_tokenizer())
+    checkpoint.save(LoopedTransformer(short), tmp_path / "a", text.byte_tokenizer())
     flags = ["--init", tmp_path / "a", "--objective", "rpt", "--data.path", tmp_path / "a.txt"]
     message = refused(monkeypatch, looprpt, *flags)
     assert message.startswith("--data.length 512 is more than the 64 positions of")
@@ -285,29 +274,29 @@ def test_eval_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("some text\n" * 100)
     few = "--pretrain.steps 1 --rpt.steps 1 --data.length 32 --train.batch 2".split()
     call(monkeypatch, looprpt, *few, "--data.path", tmp_path / "a.txt", "--out", tmp_path / "text")
-    text = tmp_path / "text" / "base"
+    folder = tmp_path / "text" / "base"
     for args, expected in (
         ([tmp_path / "none"], "none is not a checkpoint folder"),
-        ([run / "base", text], "only models of one tokenizer can be compared token by token"),
-        ([text], "was trained on text, not on the built-in chain arithmetic: give --data.path"),
-        ([text, "--data.path", tmp_path / "a.txt", "--data.val", tmp_path / "a.txt"], "is for training"),
-        ([run / "base", "--batch", 0], "--batch 0 is below 1"),
+        ([run / "base", folder], "only models of one tokenizer can be compared token by token"),
+        ([folder], "was trained on text, not on the built-in chain arithmetic: give --data.path"),
+        ([folder, "--data.path", tmp_path / "a.txt", "--data.val", tmp_path / "a.txt"], "is for training"),
+        ([run / "base", "--batch", 0], "--batch 0 is out of its range: give a number 1 or more"),
         ([run / "base", "--out", tmp_path / "a.txt" / "b.json"], "can't be a folder"),
         ([run / "base", "--out", tmp_path / "a.txt"], "is there already: nothing saved is overwritten"),
         ([], "no checkpoint was given"),
     ):
         assert expected in refused(monkeypatch, eval, *args)
     out = tmp_path / "results.json"
-    call(monkeypatch, eval, text, tmp_path / "text" / "rpt", "--data.path", tmp_path / "a.txt", "--out", out)
+    call(monkeypatch, eval, folder, tmp_path / "text" / "rpt", "--data.path", tmp_path / "a.txt", "--out", out)
     assert "depth_1" not in json.loads(out.read_text())["models"]["rpt"]["buckets"]
 
 
 def test_without_git_a_result_just_has_no_commit(monkeypatch):
     if (ROOT / ".git").exists():
-        assert re.fullmatch("[0-9a-f]{40}", eval.provenance(torch.device("cpu"))["commit"])
+        assert re.fullmatch("[0-9a-f]{40}", runtime.provenance(torch.device("cpu"))["commit"])
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert eval.provenance(torch.device("cpu"))["commit"] is None
-    assert looprpt.start_record(looprpt.Config(), torch.device("cpu"), 1)["dirty"] is None
+    assert runtime.provenance(torch.device("cpu"))["commit"] is None
+    assert runs.start_record(0, torch.device("cpu"), 1)["dirty"] is None
 
 
 def test_a_mistake_ends_the_script_with_one_line_and_a_status():
@@ -315,116 +304,6 @@ def test_a_mistake_ends_the_script_with_one_line_and_a_status():
     done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "error: --model.width 65 is not divisible by --model.heads 4: try --model.width 68\n"
-
-
-# The README
-
-
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line.partition("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [part.strip() for line in lines if line for part in line.split("&&")]
-
-
-@pytest.mark.slow
-def test_every_readme_command_runs(tmp_path, monkeypatch):
-    """As written and in their order, only with fewer steps, and two processes for eight."""
-    questions = [{"question": f"{i} + {i}?", "answer": f"The sum is {2 * i}."} for i in range(40)]
-    ouro = replace(looprpt.ModelConfig(), vocab_size=259, layers=1, width=32, heads=2)
-    model.save(model.LoopedTransformer(ouro), tmp_path / "Ouro-1.4B", data.byte_tokenizer(), dtype=torch.bfloat16)
-    for name in ("small", "medium", "ouro-2.6b"):
-        monkeypatch.setitem(bench.SHAPES, name, ouro)
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    few = "--pretrain.steps 2 --gate.steps 2 --rpt.steps 2 --data.val-rows 64 --train.batch 8".split()
-    monkeypatch.chdir(tmp_path)
-    seen = []
-    for command in commands():
-        program, *args = shlex.split(command)
-        seen.append(f"{program} {args[0]}" if args else program)
-        if program == "python":
-            if args[0] == "looprpt.py":
-                args += few
-            if args[:2] == ["bench.py", "rpt"]:
-                args += ["--no-compile"]
-            if args[0] == "data.py":
-                subprocess.run([sys.executable, ROOT / "data.py", *args[1:]], check=True)
-            elif args[:2] == ["eval.py", "harness"]:  # its tasks are on a hub: the flags are read, no more
-                assert tyro.cli(eval.HarnessConfig, args=args[2:]).exit_threshold == 0.5
-            elif args[:2] == ["eval.py", "study"]:  # hours; tests/test_study.py runs it
-                tyro.cli(eval.StudyConfig, args=args[2:])
-            elif args[0] == "eval.py" and args[1] in ("table", "plot"):
-                found = itertools.chain(*(sorted(ROOT.glob(arg)) if "*" in arg else [arg] for arg in args[1:]))
-                call(monkeypatch, eval, *found)
-            else:
-                scripts = (looprpt, eval, sample, bench, model)
-                script = next(s for s in scripts if Path(s.__file__).name == args[0])
-                call(monkeypatch, script, *args[1:])
-        elif program == "torchrun":
-            count, script, rest = args[:2], args[2], args[3:]
-            assert count == ["--nproc-per-node", "8"]
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", count[0], "2"]
-            subprocess.run(
-                [*command, ROOT / script, *rest, *few], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-            )
-            assert (tmp_path / "eight" / "results.json").exists()
-        else:
-            assert command in ("pip install -r requirements.txt", "pytest"), command
-    assert {*seen} == {
-        "pip install",
-        "python looprpt.py",
-        "python eval.py",
-        "python data.py",
-        "python sample.py",
-        "python bench.py",
-        "python model.py",
-        "torchrun --nproc-per-node",
-    }
-
-
-def test_the_readme_has_what_its_table_commands_print(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    readme, seen = (ROOT / "README.md").read_text(), 0
-    for command in commands():
-        if command.startswith("python eval.py table "):
-            args = shlex.split(command)[2:]
-            call(
-                monkeypatch, eval, *itertools.chain(*(sorted(ROOT.glob(arg)) if "*" in arg else [arg] for arg in args))
-            )
-            assert capsys.readouterr().out.strip() in readme, command
-            seen += 1
-    assert seen
-
-
-def test_the_readme_table_of_loops_by_operand_is_that_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    for name in ("base", "looprpt"):
-        found = [
-            json.loads(path.read_text())["buckets"] for path in sorted((ROOT / "results/demo").glob(f"{name}-?.json"))
-        ]
-        assert len(found) == 3
-        depths = [mean(eval.at_half(b[f"depth_{d}"])[0] for b in found) for d in range(1, 7)]
-        assert f"| {name} | {' | '.join(f'{x:.2f}' for x in depths)} |" in readme
-
-
-def test_the_readme_tables_of_generation_are_those_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    for r in json.loads((ROOT / "results" / "decode.json").read_text())["rows"]:
-        label = "all loops" if r["threshold"] == 1 else r["threshold"]
-        speeds = f"{r['speedup']:.2f} | {r['ideal']:.2f} | {r['of_ideal']:.2f}"
-        assert f"| {label} | {r['tokens_per_s']:.1f} | {r['loops']:.2f} | {speeds} |" in readme
-    rows = json.loads((ROOT / "results" / "cache.json").read_text())["rows"]
-    for rule in ("full", "copy", "last"):
-        cells = [f"{100 * r['accuracy']:.1f} at {r['loops']:.2f}" for r in rows if r["cache"] == rule]
-        assert f"| `{rule}` | {' | '.join(cells)} |" in readme
-
-
-def test_the_readme_table_of_speeds_is_that_of_the_results():
-    runs = bench.gathered(ROOT / "results" / "bench.json")
-    assert bench.speeds_markdown(runs) in (ROOT / "README.md").read_text()
-    for name in ("rpt", "pretrain", "eval"):
-        assert len({run["commit"] for run in runs if run["bench"] == name}) == 1
-    assert {run["bench"] for run in runs} == {"rpt", "pretrain", "eval"}
 
 
 def test_every_flag_has_a_line_of_help(monkeypatch, capsys):
@@ -440,8 +319,3 @@ def test_every_flag_has_a_line_of_help(monkeypatch, capsys):
     for flag in """--model.loops --data.path --pretrain.steps --pretrain.lr --gate.steps --rpt.steps --rpt.rollouts
         --rpt.noise-std --rpt.lr --model.width --seed --out --init --objective --device""".split():
         assert flag in flags
-
-
-def test_results_hold_no_path_of_the_machine_that_made_them():
-    for path in (ROOT / "results").rglob("*.json"):
-        assert '"/' not in path.read_text(), path

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import data
-import model
 from data import Chain, DataConfig, Documents, Row
-from model import LoopedTransformer, ModelConfig, UserError
+from model import LoopedTransformer, ModelConfig
+from support import checkpoint, text
+from support.runtime import UserError
 
 
 def write(path, records):
@@ -18,7 +19,7 @@ def write(path, records):
 
 
 def encode(path, config=None, tokenizer=None):
-    tokenizer = tokenizer or data.byte_tokenizer()
+    tokenizer = tokenizer or text.byte_tokenizer()
     return data.encode(path, tokenizer, config or DataConfig())
 
 
@@ -47,9 +48,9 @@ def test_held_out_chains_are_never_trained_on():
 
 
 def test_the_symbols_of_a_chain_are_its_tokens():
-    text = "3 + 4 × 2 - 1"
-    ids = data.chain_tokenizer().encode(text).ids
-    assert data.chain_tokenizer().decode(ids) == text
+    chain = "3 + 4 × 2 - 1"
+    ids = data.chain_tokenizer().encode(chain).ids
+    assert data.chain_tokenizer().decode(ids) == chain
     batch = data.chain_batch(torch.tensor([[3, 4, 2, 1]]), torch.tensor([[0, 2, 1]]))
     assert batch.inputs[0].tolist() == ids
     assert batch.targets[0, ::2].tolist() == [3, 2, 4, 3]
@@ -62,11 +63,11 @@ def test_only_the_response_is_asked_and_its_end(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"question": "2+2?", "answer": "It is 4."}])
     (row,), notes = encode(path)
     batch = Documents([row], batch=1, seed=0).batch(0)
-    tokenizer = data.byte_tokenizer()
+    tokenizer = text.byte_tokenizer()
     assert tokenizer.decode(row.ids[: row.prompt]) == "Problem: 2+2?\nSolution: "
     asked = batch.targets[batch.mask].tolist()
     assert tokenizer.decode(asked[:-1]) == "It is 4."
-    assert asked[-1] == data.eos_id(tokenizer) == 0
+    assert asked[-1] == text.eos_id(tokenizer) == 0
     assert batch.targets[0, :-1].equal(batch.inputs[0, 1:])
     assert notes == []
 
@@ -74,9 +75,9 @@ def test_only_the_response_is_asked_and_its_end(tmp_path):
 def test_chat_form_is_chatml(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "hi", "response": "ho"}])
     (row,), _ = encode(path, DataConfig(chat=True))
-    text = data.byte_tokenizer().decode(row.ids, skip_special_tokens=False)
-    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>"
-    assert data.byte_tokenizer().decode(row.ids[row.prompt :], skip_special_tokens=False) == "ho<|im_end|>"
+    dialogue = text.byte_tokenizer().decode(row.ids, skip_special_tokens=False)
+    assert dialogue == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nho<|im_end|>"
+    assert text.byte_tokenizer().decode(row.ids[row.prompt :], skip_special_tokens=False) == "ho<|im_end|>"
 
 
 def test_text_never_yields_a_special_token(tmp_path):
@@ -96,33 +97,33 @@ def test_plain_text_is_cut_into_blocks_that_ask_every_token_but_the_first(tmp_pa
     assert keyed == rows
 
 
-@pytest.mark.parametrize("pair", data.KEY_PAIRS)
+@pytest.mark.parametrize("pair", text.KEY_PAIRS)
 def test_known_keys_are_found_by_themselves(tmp_path, pair):
     path = write(tmp_path / "a.jsonl", [{pair[0]: "p", pair[1]: "r", "id": 3}])
-    assert data.read(path) == [("p", "r")]
+    assert text.read_documents(path) == [("p", "r")]
 
 
 def test_a_json_list_a_byte_order_mark_and_blank_lines_are_read(tmp_path):
     (tmp_path / "a.json").write_text('\ufeff[{"q": "p", "a": "é"}]', encoding="utf-8")
-    assert data.read(tmp_path / "a.json", "q", "a") == [("p", "é")]
+    assert text.read_documents(tmp_path / "a.json", "q", "a") == [("p", "é")]
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n')
-    assert data.read(tmp_path / "a.jsonl") == [(None, "a"), (None, "b")]
+    assert text.read_documents(tmp_path / "a.jsonl") == [(None, "a"), (None, "b")]
 
 
 def test_parquet_is_read_where_pyarrow_is_installed(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.table({"problem": ["p"], "solution": ["s"]}), tmp_path / "a.parquet")
-    assert data.read(tmp_path / "a.parquet") == [("p", "s")]
+    assert text.read_documents(tmp_path / "a.parquet") == [("p", "s")]
     (tmp_path / "b.parquet").write_bytes(b"no")
     with pytest.raises(UserError, match=r"b.parquet is not a parquet file"):
-        data.read(tmp_path / "b.parquet")
+        text.read_documents(tmp_path / "b.parquet")
 
 
 def test_parquet_without_pyarrow_is_refused_with_the_way_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"")
     with pytest.raises(UserError, match=r"a.parquet needs pyarrow to be read: pip install pyarrow"):
-        data.read(tmp_path / "a.parquet")
+        text.read_documents(tmp_path / "a.parquet")
 
 
 def test_long_documents_are_cut_and_counted(tmp_path):
@@ -131,6 +132,18 @@ def test_long_documents_are_cut_and_counted(tmp_path):
     assert [len(r.ids) for r in rows] == [27, 41, 41]
     assert "3 of 4 documents are longer than --data.length 40 and are cut" in notes[0]
     assert "1 of them are left out, their prompt alone fills the row" in notes[1]
+
+
+def test_padding_asks_nothing_and_changes_no_row():
+    rows = [Row([5, 6, 7], 1), Row([8, 9, 10, 11, 12, 13], 4), Row([14, 15], 1)]
+    batch = data.collate(rows)
+    assert batch.inputs.shape == (3, 5)
+    for b, (ids, prompt) in enumerate(rows):
+        n = len(ids) - 1
+        assert batch.inputs[b, :n].tolist() == ids[:-1]
+        assert batch.targets[b, :n].tolist() == ids[1:]
+        assert batch.mask[b].tolist() == [prompt - 1 <= t < n for t in range(5)]
+    assert data.collate([]).inputs.shape == (0, 1), "a process may get no row"
 
 
 def lengths(n, seed=0):
@@ -178,7 +191,7 @@ def test_processes_share_the_rows_of_a_batch_and_the_index_is_the_whole_position
 
 def test_held_out_documents_are_not_trained_on(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(50)])
-    train, val, _ = data.split(DataConfig(path=path), data.byte_tokenizer(), seed=0)
+    train, val, _ = data.split(DataConfig(path=path), text.byte_tokenizer(), seed=0)
     assert (len(train), len(val)) == (47, 3)
     assert not {tuple(r.ids) for r in train} & {tuple(r.ids) for r in val}
 
@@ -193,26 +206,26 @@ def test_the_generator_depends_on_the_key_alone():
 
 
 def test_bytes_round_trip_any_text():
-    tokenizer = data.byte_tokenizer()
-    text = "né\t\x00\n 漢字 🙂  x"
-    ids = tokenizer.encode(text).ids
-    assert ids == [3 + b for b in text.encode()]
-    assert tokenizer.decode(ids) == text
-    assert data.vocab_size(tokenizer) == 259
+    tokenizer = text.byte_tokenizer()
+    sample = "né\t\x00\n 漢字 🙂  x"
+    ids = tokenizer.encode(sample).ids
+    assert ids == [3 + b for b in sample.encode()]
+    assert tokenizer.decode(ids) == sample
+    assert text.vocab_size(tokenizer) == 259
 
 
 def test_a_trained_tokenizer_keeps_ouros_special_ids_and_single_digits(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "the cat sat on the mat 1234 times, the end"}] * 3)
-    data.train_tokenizer(path, 270, tmp_path / "t.json")
-    tokenizer = data.load_tokenizer(str(tmp_path / "t.json"))
-    assert data.vocab_size(tokenizer) == 270
-    assert [tokenizer.token_to_id(t) for t in (data.EOS, data.IM_START, data.IM_END)] == [0, 1, 2]
+    text.train_tokenizer(path, 270, tmp_path / "t.json")
+    tokenizer = text.load_tokenizer(str(tmp_path / "t.json"))
+    assert text.vocab_size(tokenizer) == 270
+    assert [tokenizer.token_to_id(t) for t in (text.EOS, text.IM_START, text.IM_END)] == [0, 1, 2]
     assert len(tokenizer.encode("1234").ids) == 4
     assert tokenizer.decode(tokenizer.encode("the cat é🙂").ids) == "the cat é🙂"
     with pytest.raises(UserError, match="is there already: nothing saved is overwritten"):
-        data.train_tokenizer(path, 270, tmp_path / "t.json")
+        text.train_tokenizer(path, 270, tmp_path / "t.json")
     with pytest.raises(UserError, match="--vocab 258 is too small"):
-        data.train_tokenizer(path, 258, tmp_path / "u.json")
+        text.train_tokenizer(path, 258, tmp_path / "u.json")
 
 
 # Refusals
@@ -244,7 +257,7 @@ def test_a_file_is_refused_in_a_sentence_with_the_place(tmp_path, name, content,
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        data.read(tmp_path / name)
+        text.read_documents(tmp_path / name)
 
 
 def test_a_file_without_a_token_that_counts_is_refused(tmp_path):
@@ -254,7 +267,7 @@ def test_a_file_without_a_token_that_counts_is_refused(tmp_path):
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
-    model.save(LoopedTransformer(ModelConfig(vocab_size=100)), tmp_path / "a", data.byte_tokenizer())
+    checkpoint.save(LoopedTransformer(ModelConfig(vocab_size=100)), tmp_path / "a", text.byte_tokenizer())
     path = write(tmp_path / "a.jsonl", [{"text": "z"}])
     message = (
         "a has a vocabulary of 100, the tokenizer one of 259: give the tokenizer that the checkpoint was trained with"
@@ -266,10 +279,10 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
 
 def test_tokenizers_are_refused_in_a_sentence(tmp_path):
     with pytest.raises(UserError, match=r"--data.tokenizer nowhere is not a file: give a tokenizer.json, or 'bytes'"):
-        data.load_tokenizer("nowhere")
+        text.load_tokenizer("nowhere")
     (tmp_path / "t.json").write_text("{}")
     with pytest.raises(UserError, match="is not a tokenizer"):
-        data.load_tokenizer(str(tmp_path / "t.json"))
+        text.load_tokenizer(str(tmp_path / "t.json"))
     path = write(tmp_path / "a.jsonl", [{"problem": "p", "solution": "s"}])
     with pytest.raises(UserError, match="so no document can end"):
         encode(path, tokenizer=data.chain_tokenizer())
@@ -278,9 +291,9 @@ def test_tokenizers_are_refused_in_a_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (DataConfig(length=1), "--data.length 1 is too short"),
-        (DataConfig(operands=1), "--data.operands 1 leaves nothing to compute"),
-        (DataConfig(val_rows=0), "--data.val-rows 0 leaves nothing to evaluate"),
+        (DataConfig(length=1), "--data.length 1 is out of its range: give a number 2 or more"),
+        (DataConfig(operands=1), "--data.operands 1 is out of its range: give a number 2 or more"),
+        (DataConfig(val_rows=0), "--data.val-rows 0 is out of its range: give a number 1 or more"),
         (DataConfig(prompt_key="q"), "--data.prompt-key q came alone"),
         (DataConfig(val="v.jsonl"), "--data.val v.jsonl came without --data.path"),
     ],

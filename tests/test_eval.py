@@ -4,18 +4,20 @@ import math
 
 import pytest
 import torch
+from helpers import slow_exit
 from torch.testing import assert_close
 
 import data
 import eval
 from eval import Scores, Tally
-from model import LoopedTransformer, ModelConfig, UserError
+from model import LoopedTransformer, ModelConfig
+from support.runtime import UserError
 
 L = 4
 
 
 def compare(pairs, rounds):
-    return eval.compare([(a.drawn(rounds), b.drawn(rounds)) for a, b in pairs])
+    return eval.compare([(a.bootstrapped(rounds), b.bootstrapped(rounds)) for a, b in pairs])
 
 
 @pytest.fixture
@@ -30,74 +32,65 @@ def scores():
         gate=torch.randn(n, L, generator=g) * 2 - 0.5,
         entropy=spread * 3,
         logp=-torch.rand(n, L, generator=g) * 4,
-        top=-spread,
-        turn=torch.cat((first, torch.rand(n, L - 1, generator=g)), 1),
-        move=torch.cat((first, torch.rand(n, L - 1, generator=g)), 1),
-        row=torch.randint(7, (n,), generator=g).sort().values,
+        max_logp=-spread,
+        kl_step=torch.cat((first, torch.rand(n, L - 1, generator=g)), 1),
+        state_change=torch.cat((first, torch.rand(n, L - 1, generator=g)), 1),
+        document=torch.randint(7, (n,), generator=g).sort().values,
         depth=None,
     )
 
 
-def slow_exit(s, rule, threshold, n):
-    """Loop (from 0) at which token n leaves."""
-    stay = 1.0
-    for loop in range(L - 1):
-        stay *= 1 - torch.sigmoid(s.gate[n, loop].double()).item()
-        number = {
-            "gate": 1 - stay,
-            "confidence": s.top[n, loop].item(),
-            "entropy": -s.entropy[n, loop].item(),
-            "kl": -s.turn[n, loop].item(),
-            "state": -s.move[n, loop].item(),
-        }[rule]
-        if number >= threshold:
-            return loop
-    return L - 1
+def slow_rule(s, rule, threshold, n):
+    """Loop (from 0) at which token n leaves by a rule."""
+    if rule == "gate":
+        return slow_exit(s.gate[n], threshold) - 1
+    rival = {"confidence": s.max_logp[n], "entropy": -s.entropy[n], "kl": -s.kl_step[n], "state": -s.state_change[n]}
+    return next((loop for loop in range(L - 1) if rival[rule][loop] >= threshold), L - 1)
 
 
-@pytest.mark.parametrize("rule", list(eval.RULES))
+@pytest.mark.parametrize("rule", list(eval.EXIT_RULES))
 def test_each_rule_leaves_after_the_first_loop_that_reaches_the_threshold(scores, rule):
-    reached = eval.RULES[rule](scores)
+    reached = eval.EXIT_RULES[rule](scores)
     for threshold in eval.thresholds(reached, rule).tolist():
-        expected = [slow_exit(scores, rule, threshold, n) for n in range(60)]
-        assert eval.exits(reached, threshold).tolist() == expected
-    assert {*eval.exits(reached, -math.inf).tolist()} == {0}
-    assert {*eval.exits(reached, math.inf).tolist()} == {L - 1}
+        expected = [slow_rule(scores, rule, threshold, n) for n in range(60)]
+        assert eval.exit_at(reached, threshold).tolist() == expected
+    assert {*eval.exit_at(reached, -math.inf).tolist()} == {0}
+    assert {*eval.exit_at(reached, math.inf).tolist()} == {L - 1}
     if rule in ("kl", "state"):
-        assert min(eval.exits(reached, -1e9).tolist()) == 1, "nothing to compare the first loop with"
+        assert min(eval.exit_at(reached, -1e9).tolist()) == 1, "nothing to compare the first loop with"
 
 
 def test_a_summary_is_what_its_words_say(scores):
     chosen = torch.rand(60, generator=torch.Generator().manual_seed(1)) < 0.6
-    found, tokens = eval.summary(scores, chosen), chosen.nonzero().flatten().tolist()
+    summary, tokens = eval.summarize(scores, chosen), chosen.nonzero().flatten().tolist()
     n = len(tokens)
-    assert found["tokens"] == n
+    assert summary["tokens"] == n
     right = scores.correct.tolist()
     for loop in range(L):
-        assert found["by_loop"][loop] == pytest.approx(sum(right[t][loop] for t in tokens) / n)
-        assert found["ce"][loop] == pytest.approx(-sum(scores.logp[t, loop].item() for t in tokens) / n)
-    for point in found["sweep"]:
-        leave = {t: slow_exit(scores, "gate", point["threshold"], t) for t in tokens}
+        assert summary["by_loop"][loop] == pytest.approx(sum(right[t][loop] for t in tokens) / n)
+        assert summary["ce"][loop] == pytest.approx(-sum(scores.logp[t, loop].item() for t in tokens) / n)
+    for point in summary["sweep"]:
+        leave = {t: slow_rule(scores, "gate", point["threshold"], t) for t in tokens}
         assert point["loops"] == pytest.approx(sum(leave.values()) / n + 1)
         assert point["accuracy"] == pytest.approx(sum(right[t][leave[t]] for t in tokens) / n)
-    for rule, curve in found["curves"].items():
-        assert curve[0] == pytest.approx([1, found["by_loop"][0]])
-        assert curve[-1] == pytest.approx([L, found["by_loop"][-1]])
+    for rule, curve in summary["curves"].items():
+        assert curve[0] == pytest.approx([1, summary["by_loop"][0]])
+        assert curve[-1] == pytest.approx([L, summary["by_loop"][-1]])
         assert [x for x, _ in curve] == sorted(x for x, _ in curve), rule
-    leave = [slow_exit(scores, "gate", 0.5, t) for t in tokens]
+    leave = [slow_rule(scores, "gate", 0.5, t) for t in tokens]
     share = [leave.count(loop) / n for loop in range(L)]
-    point = found["curves"]["random"][eval.FINE.index(0.5) + 1]
+    point = summary["curves"]["random"][eval.FINE.index(0.5) + 1]
     assert point == pytest.approx(
         [
             sum((i + 1) * s for i, s in enumerate(share)),
-            sum(s * a for s, a in zip(share, found["by_loop"], strict=True)),
+            sum(s * a for s, a in zip(share, summary["by_loop"], strict=True)),
         ]
     )
     first = [next((i for i in range(L) if right[t][i]), 0) for t in tokens]
-    assert found["oracle"]["loops"] == pytest.approx(sum(first) / n + 1)
-    assert found["oracle"]["accuracy"] == pytest.approx(sum(any(right[t]) for t in tokens) / n)
+    assert summary["oracle"]["loops"] == pytest.approx(sum(first) / n + 1)
+    assert summary["oracle"]["accuracy"] == pytest.approx(sum(any(right[t]) for t in tokens) / n)
     logp = scores.logp.tolist()
-    for loop, part in enumerate(found["exits"]):
+    for loop, part in enumerate(summary["exits"]):
         here = [t for t, x in zip(tokens, leave, strict=True) if x == loop]
         assert part["share"] == pytest.approx(len(here) / n)
         if here:
@@ -111,15 +104,15 @@ def test_the_area_is_the_mean_accuracy_over_all_numbers_of_loops():
 
 
 def test_a_bucket_without_tokens_has_no_numbers(scores):
-    found = eval.summary(scores, torch.zeros(60, dtype=torch.bool))
-    assert found["by_loop"] == [None] * L
-    assert {p["accuracy"] for p in found["sweep"]} == {None}
+    summary = eval.summarize(scores, torch.zeros(60, dtype=torch.bool))
+    assert summary["by_loop"] == [None] * L
+    assert {p["accuracy"] for p in summary["sweep"]} == {None}
 
 
 def test_a_curve_is_read_on_straight_lines_between_its_points():
     loops, accuracy = torch.tensor([[1.0, 2, 2, 4]] * 5), torch.tensor([[0.0, 0.4, 0.4, 1]] * 5)
     x = torch.tensor([1, 1.5, 2, 3, 4])
-    assert_close(eval.at(x, loops, accuracy), torch.tensor([0, 0.2, 0.4, 0.7, 1]))
+    assert_close(eval.interpolate(x, loops, accuracy), torch.tensor([0, 0.2, 0.4, 0.7, 1]))
 
 
 def test_intervals_come_from_drawing_documents(scores):
@@ -127,8 +120,8 @@ def test_intervals_come_from_drawing_documents(scores):
     other = scores._replace(correct=scores.correct.roll(1, 0) | scores.correct, gate=scores.gate.flip(1))
     every = torch.ones(60, dtype=torch.bool)
     a, b = eval.tally(other, every), eval.tally(scores, every)
-    found = compare([(a, b)], rounds=4000)
-    documents = [(scores.row == d).nonzero().flatten().tolist() for d in range(7)]
+    intervals = compare([(a, b)], rounds=4000)
+    documents = [(scores.document == d).nonzero().flatten().tolist() for d in range(7)]
     documents = [d for d in documents if d]
 
     def peak(s, chosen):
@@ -144,7 +137,7 @@ def test_intervals_come_from_drawing_documents(scores):
         draws.append([x - y for x, y in zip(peak(other, chosen), peak(scores, chosen), strict=True)])
     limits = torch.tensor(draws).quantile(torch.tensor([0.025, 0.975]), 0)
     for i in range(L):
-        middle, low, high = found[f"by_loop {i + 1}"]
+        middle, low, high = intervals[f"by_loop {i + 1}"]
         assert middle == pytest.approx(straight[i])
         assert [low, high] == pytest.approx(limits[:, i].tolist(), abs=0.015)
     same = compare([(a, a)], rounds=50)
@@ -169,7 +162,7 @@ def test_scores_are_those_of_each_token_and_know_their_document():
     rows = [data.Row(torch.randint(20, (n,), generator=data.seeded(n)).tolist(), 2) for n in (9, 5, 7, 6, 8)]
     source = data.Documents(rows, batch=2, seed=0)
     s = eval.score(net, source, device=torch.device("cpu"))
-    k = row = 0
+    k = document = 0
     for index in range(source.batches):
         batch = source.batch(index)
         with torch.no_grad():
@@ -177,33 +170,33 @@ def test_scores_are_those_of_each_token_and_know_their_document():
             p = net.logits(out.hidden).double().softmax(-1)
         for b in range(len(batch.mask)):
             for t in batch.mask[b].nonzero().flatten().tolist():
-                assert s.row[k] == row
+                assert s.document[k] == document
                 for loop in range(4):
                     q, y = p[b, t, loop], batch.targets[b, t]
                     assert s.correct[k, loop] == (q.argmax() == y)
                     assert s.logp[k, loop].item() == pytest.approx(q[y].log().item(), abs=1e-5)
-                    assert s.top[k, loop].item() == pytest.approx(q.max().log().item(), abs=1e-5)
+                    assert s.max_logp[k, loop].item() == pytest.approx(q.max().log().item(), abs=1e-5)
                     assert s.entropy[k, loop].item() == pytest.approx(-(q * q.log()).sum().item(), abs=1e-5)
                     if loop:
                         before, h = p[b, t, loop - 1], out.hidden[b, t]
                         kl = (q * (q / before).log()).sum().item()
-                        assert s.turn[k, loop].item() == pytest.approx(kl, abs=1e-5)
+                        assert s.kl_step[k, loop].item() == pytest.approx(kl, abs=1e-5)
                         moved = (h[loop] - h[loop - 1]).norm() / h[loop - 1].norm()
-                        assert s.move[k, loop].item() == pytest.approx(moved.item(), abs=1e-5)
+                        assert s.state_change[k, loop].item() == pytest.approx(moved.item(), abs=1e-5)
                 k += 1
-            row += 1
-    assert k == len(s.row)
+            document += 1
+    assert k == len(s.document)
 
 
 def test_documents_without_a_token_of_the_bucket_are_drawn_too(scores):
     """Otherwise seeds whose buckets differ would draw different documents, and their errors would seem independent."""
-    each, every = eval.tally(scores, scores.row != 3), eval.tally(scores, torch.ones(60, dtype=torch.bool))
+    each, every = eval.tally(scores, scores.document != 3), eval.tally(scores, torch.ones(60, dtype=torch.bool))
     assert isinstance(each, Tally)
     assert each.tokens[3] == 0 < every.tokens[3]
     assert len(each.tokens) == len(every.tokens)
     other = [n for n in range(7) if n != 3]
-    assert_close(each.drawn(0, 0).tokens[0], every.tokens[other].sum())
-    same, part = every.drawn(20, 0), each.drawn(20, 0)
+    assert_close(each.bootstrapped(0, 0).tokens[0], every.tokens[other].sum())
+    same, part = every.bootstrapped(20, 0), each.bootstrapped(20, 0)
     left = same.tokens - part.tokens
     assert_close(left / every.tokens[3], (left / every.tokens[3]).round(), msg="whole documents are missing")
     with pytest.raises(UserError, match="different tokens"):
@@ -221,6 +214,6 @@ def test_a_rival_is_read_off_a_fine_curve():
     zeros = torch.zeros(n, L)
     make = lambda gate: Scores(correct, gate, zeros, zeros, zeros, zeros, zeros, torch.arange(n) // 20, None)  # noqa: E731
     every = torch.ones(n, dtype=torch.bool)
-    found = compare([(eval.tally(make(sure), every), eval.tally(make(sure - 5.5), every))], rounds=50)
-    assert abs(found["matched gate"][0]) < 0.01
-    assert found["loops_at_half"][0] < -0.5, "at the same threshold they differ"
+    intervals = compare([(eval.tally(make(sure), every), eval.tally(make(sure - 5.5), every))], rounds=50)
+    assert abs(intervals["matched gate"][0]) < 0.01
+    assert intervals["loops_at_half"][0] < -0.5, "at the same threshold they differ"

@@ -17,11 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import call as call_script
+from helpers import refused as refused_script
 from safetensors.torch import load_file
 
 import looprpt
-import model
 from model import LoopedTransformer
+from support import checkpoint, processes, runs, runtime
 
 ROOT = Path(__file__).parent.parent
 SMALL = """--data.operands 3 --model.loops 3 --model.width 16 --model.heads 2 --data.val-rows 64 --train.batch 8
@@ -42,18 +44,15 @@ PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "en
 
 def call(monkeypatch, out, *args):
     """Run in this process, which is faster."""
-    monkeypatch.setattr(sys, "argv", ["looprpt.py", *SMALL, "--out", str(out), *map(str, args)])
-    model.report(looprpt.main)
+    call_script(monkeypatch, looprpt, *SMALL, "--out", out, *args)
 
 
 def refused(monkeypatch, out, *args) -> str:
-    with pytest.raises(SystemExit) as error:
-        call(monkeypatch, out, *args)
-    return str(error.value.code).removeprefix("error: ")
+    return refused_script(monkeypatch, looprpt, *SMALL, "--out", out, *args)
 
 
 def states(out, objective=("pretrain", "rpt")):
-    return looprpt.states(out, objective)
+    return runs.saved_states(out, objective)
 
 
 def names(out, objective=("pretrain", "rpt")):
@@ -113,7 +112,7 @@ def test_a_saved_state_holds_all_that_a_run_needs_and_only_the_newest_stay(strai
     assert names(straight) == ["rpt-000020", "rpt-000016", "pretrain-000030"]
     state = straight / "state" / "rpt-000020"
     assert {p.name for p in state.iterdir()} == {"state.json", "student", "teacher", "moments"}
-    student, teacher, final = (model.load(x) for x in (state / "student", state / "teacher", straight / "rpt"))
+    student, teacher, final = (checkpoint.load(x) for x in (state / "student", state / "teacher", straight / "rpt"))
     assert all(a.equal(b) for a, b in zip(student.parameters(), final.parameters(), strict=True))
     assert not all(a.equal(b) for a, b in zip(student.parameters(), teacher.parameters(), strict=True))
     moments = load_file(state / "moments" / "model.safetensors")
@@ -122,7 +121,7 @@ def test_a_saved_state_holds_all_that_a_run_needs_and_only_the_newest_stay(strai
     }
     info = json.loads((state / "state.json").read_text())
     assert (info["stage"], info["step"], info["skipped"]) == ("rpt", 20, 0)
-    assert looprpt.flaw(state) is None
+    assert runs.damage_of(state) is None
 
 
 # Going on
@@ -133,7 +132,7 @@ def test_a_run_that_was_cut_goes_on_as_if_it_had_not_been(straight, tmp_path, mo
     """At several steps of both stages, before the first save and between two of them; bit for bit."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        cut_at(patch, "count", step)
+        cut_at(patch, "count_tokens", step)
         with pytest.raises(Cut):
             call(patch, out)
     call(monkeypatch, out, "--resume")
@@ -145,7 +144,7 @@ def test_a_run_that_was_cut_while_it_saved_goes_on_too(straight, tmp_path, monke
     """At every rename and every file of the first saves."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        cut_at(patch, "sync" if stop % 2 else "save_file", stop * 3, owner=model)
+        cut_at(patch, "fsync" if stop % 2 else "save_file", stop * 3, owner=checkpoint)
         with pytest.raises(Cut):
             call(patch, out)
     call(monkeypatch, out, "--resume")
@@ -156,7 +155,7 @@ def test_a_run_that_was_cut_while_it_saved_goes_on_too(straight, tmp_path, monke
 def test_resuming_needs_no_other_flag_and_refuses_another_run(straight, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        cut_at(patch, "count", 20)
+        cut_at(patch, "count_tokens", 20)
         with pytest.raises(Cut):
             call(patch, out)
     assert refused(monkeypatch, out).startswith(f"--out {out} holds another run (state): nothing saved is overwritten")
@@ -172,7 +171,7 @@ def test_resuming_needs_no_other_flag_and_refuses_another_run(straight, tmp_path
     assert "but no run.json: restore it, or begin anew" in refused(monkeypatch, out, "--resume")
     (out / "run.json").write_text(record)
     monkeypatch.setattr(sys, "argv", ["looprpt.py", "--out", str(out), "--resume"])
-    model.report(looprpt.main)
+    runtime.run_cli(looprpt.main)
     same(out, straight)
     starts = json.loads((out / "run.json").read_text())["starts"]
     assert [len(s["argv"]) for s in starts][-1] == 4, "every start is there, with its flags"
@@ -194,7 +193,7 @@ def test_a_checkpoint_in_bf16_does_not_cost_the_next_stage_its_precision(straigh
         out = tmp_path / f"out{cut}"
         with monkeypatch.context() as patch:
             if cut:
-                cut_at(patch, "count", 32)
+                cut_at(patch, "count_tokens", 32)
                 with pytest.raises(Cut):
                     call(patch, out, "--save-dtype", "bf16")
         call(monkeypatch, out, *["--resume"] * cut, "--save-dtype", "bf16")
@@ -210,7 +209,7 @@ def test_a_checkpoint_in_bf16_does_not_cost_the_next_stage_its_precision(straigh
 
 def partial_run(monkeypatch, out, steps):
     with monkeypatch.context() as patch:
-        cut_at(patch, "count", steps)
+        cut_at(patch, "count_tokens", steps)
         with pytest.raises(Cut):
             call(patch, out)
 
@@ -227,7 +226,7 @@ def partial_run(monkeypatch, out, steps):
     ],
     ids=["student cut", "moments empty", "state not JSON", "no state", "no config", "one bit"],
 )
-def test_a_damaged_newest_state_is_passed_over(straight, tmp_path, monkeypatch, capsys, damage):
+def test_a_damaged_newest_state_is_skipped(straight, tmp_path, monkeypatch, capsys, damage):
     out = tmp_path / "out"
     partial_run(monkeypatch, out, 43)
     first, second, _ = states(out)
@@ -235,7 +234,7 @@ def test_a_damaged_newest_state_is_passed_over(straight, tmp_path, monkeypatch, 
     capsys.readouterr()
     call(monkeypatch, out, "--resume")
     shown = capsys.readouterr().out
-    assert f"{first} is passed over (" in shown
+    assert f"{first} is skipped (" in shown
     assert f"rpt goes on after step 8, from {second}" in shown
     same(out, straight)
 
@@ -246,14 +245,14 @@ def flip(file):
     file.write_bytes(content)
 
 
-def test_a_state_damaged_twice_is_put_aside_twice(straight, tmp_path, monkeypatch):
+def test_a_state_damaged_twice_is_renamed_twice(straight, tmp_path, monkeypatch):
     out = tmp_path / "out"
     partial_run(monkeypatch, out, 43)
     for again in range(2):
         flip(out / "state" / "rpt-000012" / "student" / "model.safetensors")
         if not again:
             with monkeypatch.context() as patch:
-                cut_at(patch, "count", 6)
+                cut_at(patch, "count_tokens", 6)
                 with pytest.raises(Cut):
                     call(patch, out, "--resume")
     call(monkeypatch, out, "--resume")
@@ -279,7 +278,7 @@ def test_a_disk_error_is_not_taken_for_damage(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(looprpt, "checksum", broken)
+        patch.setattr(runs, "checksum", broken)
         message = refused(patch, out, "--resume")
     assert message.startswith("the run can't go on ([Errno 5] Input/output error): mend that")
     assert names(out)[0] == "rpt-000012"
@@ -299,9 +298,9 @@ def test_a_state_of_another_model_is_refused_by_name(tmp_path, monkeypatch):
     partial_run(monkeypatch, out, 43)
     state = states(out)[0]
     shutil.rmtree(state / "student")
-    model.save(LoopedTransformer(replace(model.load_config(out / "base"), width=24)), state / "student")
+    checkpoint.save(LoopedTransformer(replace(checkpoint.load_config(out / "base"), width=24)), state / "student")
     info = json.loads((state / "state.json").read_text())
-    info["sha256"] = {name: looprpt.checksum(state / name) for name in info["sha256"]}
+    info["sha256"] = {name: runs.checksum(state / name) for name in info["sha256"]}
     (state / "state.json").write_text(json.dumps(info))
     message = refused(monkeypatch, out, "--resume")
     assert message == f"{state} is of another model: its width is 24, this run's 16; remove it"
@@ -321,7 +320,7 @@ def test_stages_in_another_order_keep_their_states(tmp_path, monkeypatch):
     for out in (tmp_path / "straight", tmp_path / "out"):
         with monkeypatch.context() as patch:
             if out.name == "out":
-                cut_at(patch, "count", 30 + 20 + 7)
+                cut_at(patch, "count_tokens", 30 + 20 + 7)
                 with pytest.raises(Cut):
                     call(patch, out, *order)
                 assert names(out, ("pretrain", "rpt", "gate")) == ["gate-000004", "rpt-000020"]
@@ -347,14 +346,14 @@ def poison(monkeypatch, bad):
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
     poison(monkeypatch, {3, 4, 9})
-    seen, inner = [], looprpt.update_teacher
-    monkeypatch.setattr(looprpt, "update_teacher", lambda *a: seen.append(1) or inner(*a))
+    seen, inner = [], looprpt.ema_update
+    monkeypatch.setattr(looprpt, "ema_update", lambda *a: seen.append(1) or inner(*a))
     call(monkeypatch, tmp_path / "out")
     rpt = [line for line in log_of(tmp_path / "out") if line["stage"] == "rpt"]
     assert [line["skipped"] for line in rpt] == [0, 0, 1, 2, 2, 2, 2, 2] + [3] * 12
     assert [line["step"] for line in rpt if line["grad_norm"] is None] == [3, 4, 9]
     assert len(seen) == 17
-    assert all(p.isfinite().all() for p in model.load(tmp_path / "out" / "rpt").parameters())
+    assert all(p.isfinite().all() for p in checkpoint.load(tmp_path / "out" / "rpt").parameters())
     info = json.loads((tmp_path / "out" / "state" / "rpt-000020" / "state.json").read_text())
     assert info["skipped"] == 3
 
@@ -365,7 +364,7 @@ def test_a_run_with_skipped_steps_goes_on_the_same(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             poison(patch, {3, 9})
             if name == "cut":
-                cut_at(patch, "count", 30 + 13)
+                cut_at(patch, "count_tokens", 30 + 13)
                 with pytest.raises(Cut):
                     call(patch, out)
             else:
@@ -382,7 +381,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_at_its_last_good_state(tmp_pat
         "the loss or its gradient was not finite in 3 steps in a row, up to rpt step 8: "
         f"the last good checkpoint is {state}; try a smaller --rpt.lr than 0.001"
     )
-    assert looprpt.flaw(state) is None
+    assert runs.damage_of(state) is None
     assert not (tmp_path / "out" / "state" / "rpt-000008").exists(), "a bad step's weights are not saved"
 
 
@@ -395,7 +394,7 @@ def test_a_stage_that_ends_in_bad_steps_is_no_success_when_resumed(tmp_path, mon
 
 
 def test_an_echo_of_a_signal_is_not_a_second_one():
-    with looprpt.stop_signals() as asked:
+    with processes.stop_signals() as asked:
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)
         assert asked == ["SIGTERM"]
@@ -405,7 +404,7 @@ def test_a_full_disk_anywhere_ends_in_a_sentence(tmp_path, monkeypatch):
     def full(*args, **how):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(looprpt, "watch", full)
+    monkeypatch.setattr(runs, "log_steps", full)
     message = refused(monkeypatch, tmp_path / "out")
     assert message.startswith("the run can't go on ([Errno 28] No space left on device): mend that, or make room")
 
@@ -437,25 +436,22 @@ def test_a_signal_ends_the_run_after_the_step_with_a_save_and_status_0(tmp_path,
     assert run.returncode == 0, error
     (state,) = states(out)
     assert f"stopped by {number.name}, saved in {state}: --resume goes on" in " ".join(shown.split())
-    assert looprpt.flaw(state) is None
+    assert runs.damage_of(state) is None
     assert log_of(out)[-1]["step"] == int(state.name.partition("-")[2]), "the last step is in the log and in the state"
     assert json.loads((out / "run.json").read_text())["finished"] is None
 
 
-def test_a_full_disk_ends_the_run_in_a_sentence_and_leaves_what_was_saved(straight, tmp_path, monkeypatch):
-    """A disk of a few hundred KiB, where it can be had; else a system call that says it is full."""
+def test_a_full_disk_ends_the_run_in_a_sentence_and_leaves_what_was_saved(straight, tmp_path, monkeypatch, request):
+    """A system call that says it is full; with --mount, a disk of a few hundred KiB."""
     disk, out = tmp_path / "disk", tmp_path / "disk" / "out"
     disk.mkdir()
-    mounted = (
-        os.geteuid() == 0
-        and not subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], capture_output=True, check=False
-        ).returncode
-    )
+    mounted = request.config.getoption("--mount")
+    if mounted:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)], check=True)
     try:
         with monkeypatch.context() as patch:
             if not mounted:
-                inner, left = model.save_file, [9]
+                inner, left = checkpoint.save_file, [9]
 
                 def full(*args, **how):
                     left[0] -= 1
@@ -463,13 +459,12 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_leaves_what_was_saved(straig
                         raise OSError(28, "No space left on device")
                     inner(*args, **how)
 
-                patch.setattr(model, "save_file", full)
+                patch.setattr(checkpoint, "save_file", full)
             message = refused(patch, out, "--train.keep", 100)
         assert "can't be written" in message
         assert "what was saved before is intact" in message
-        found = states(out)
-        assert found
-        assert all(looprpt.flaw(state) is None for state in found)
+        assert states(out)
+        assert all(runs.damage_of(state) is None for state in states(out))
         assert not [p for p in (out / "state").iterdir() if p.name.startswith(".")], "nothing half-written stays"
         shutil.copytree(out, tmp_path / "out")
     finally:
@@ -486,29 +481,29 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_leaves_what_was_saved(straig
 def test_a_process_that_dies_ends_the_others_in_a_sentence(tmp_path):
     out, many = tmp_path / "out", ["--pretrain.steps", 100_000, "--train.save-every", 5, "--train.timeout", 20]
     port = str(random.randrange(20_000, 60_000))
-    runs = []
+    programs = []
     for rank in range(2):
         env = ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
         env |= {"MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-        runs.append(
+        programs.append(
             subprocess.Popen(command(out, *many), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         )
     try:
-        wait_for(out, "pretrain", 12, runs[0])
-        runs[1].kill()
+        wait_for(out, "pretrain", 12, programs[0])
+        programs[1].kill()
         start = time.monotonic()
-        _, error = runs[0].communicate(timeout=60)
+        _, error = programs[0].communicate(timeout=60)
         assert time.monotonic() - start < 40
     finally:
-        for run in runs:
+        for run in programs:
             run.kill()
             run.communicate()
-    assert runs[0].returncode == 1, error[-3000:]
+    assert programs[0].returncode == 1, error[-3000:]
     last = error.strip().splitlines()[-1]
     assert last.startswith("error: another process is gone (")
     assert f"--resume goes on from {out / 'state' / 'pretrain-0000'}" in last
     assert "Traceback" not in error
-    assert looprpt.flaw(states(out)[0]) is None
+    assert runs.damage_of(states(out)[0]) is None
 
 
 class Late:
@@ -537,7 +532,7 @@ def end_early(rank, folder):
         while time.monotonic() < until:
             pass
 
-    model.report(main, several=True)
+    runtime.run_cli(main, distributed=True)
 
 
 def test_a_process_ends_well_while_gloo_holds_a_tensor(tmp_path):
@@ -552,7 +547,7 @@ def go_on(rank, world, out, kind, meet):
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=meet)
     sys.argv = ["looprpt.py", *SMALL, *QUIET, "--out", out, "--resume", "--dist", kind]
-    model.report(looprpt.main, several=True)
+    runtime.run_cli(looprpt.main, distributed=True)
 
 
 def close(folder, other):
@@ -573,7 +568,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch, k
         call(patch, tmp_path / "straight", *QUIET)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        cut_at(patch, "count", 20)
+        cut_at(patch, "count_tokens", 20)
         with pytest.raises(Cut):
             call(patch, out, *QUIET)
     mp.spawn(go_on, (2, str(out), kind, str(random.randrange(20_000, 60_000))), nprocs=2)
@@ -619,7 +614,7 @@ def test_thirty_kills_at_random_moments_lose_nothing(straight, tmp_path):
         kills, fresh = kills + 1, fresh + 1
         before = states(out)
         assert len(before) <= 4
-        sound = [state for state in before if looprpt.flaw(state) is None]
+        sound = [state for state in before if runs.damage_of(state) is None]
         assert sound or fresh < 3, "a sound state is there after every kill"
         if (out / "results.json").exists():
             shutil.rmtree(out)  # it got to its end: once more from the start

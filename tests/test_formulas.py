@@ -7,10 +7,13 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from helpers import slow_exit
 from torch.testing import assert_close
 
+import eval
 import looprpt
-from model import exit_logpdf, exit_loop
+from model import exit_cdf, exit_logpdf, exit_loop
+from support import runs
 
 N, G, L, V = 5, 3, 4, 7
 
@@ -77,10 +80,7 @@ def test_exit_distribution_ignores_the_last_gate_and_keeps_a_gradient_when_satur
 def test_exit_loop_is_the_first_at_which_the_cumulative_probability_reaches_the_threshold():
     gate = 2 * rand(200, L)
     for threshold in (0.0, 0.1, 0.5, 0.9, 0.99):
-        expected = []
-        for row in gate.tolist():
-            cumulative = list(itertools.accumulate(plain_exit_pdf(row)[:-1]))
-            expected.append(next((i for i, c in enumerate(cumulative) if c >= threshold), L - 1))
+        expected = [slow_exit(row, threshold) - 1 for row in gate.tolist()]
         assert exit_loop(gate, threshold).tolist() == expected
 
 
@@ -90,6 +90,12 @@ def test_exit_threshold_one_runs_every_loop_even_when_the_gate_is_saturated():
 
 def test_exit_threshold_zero_leaves_after_the_first_loop_even_when_the_gate_never_would():
     assert exit_loop(torch.full((1, L), -1e4), 0.0).tolist() == [0]
+
+
+def test_cumulative_exit_probability_adds_up_to_one_at_the_last_loop():
+    gate = rand(N, L)
+    expect(exit_cdf(gate), [list(itertools.accumulate(plain_exit_pdf(row))) for row in gate.tolist()])
+    assert (exit_cdf(gate)[:, -1] == 1).all()
 
 
 # Steps 1 to 5
@@ -138,29 +144,28 @@ def test_reference_is_where_the_teacher_leaves():
     logp, gate = rand(N, L), rand(N, L)
     ref_loop, baseline = looprpt.reference(logp, gate, 0.5)
     for n in range(N):
-        cumulative = list(itertools.accumulate(plain_exit_pdf(gate[n].tolist())))
-        expected = next(i for i, c in enumerate(cumulative) if c >= 0.5 or i == L - 1)
+        expected = slow_exit(gate[n].tolist(), 0.5) - 1
         assert ref_loop[n] == expected
         assert baseline[n] == logp[n, expected]
 
 
-def test_price_of_a_loop_falls_with_difficulty():
+def test_the_cost_of_a_loop_falls_with_difficulty():
     entropy = torch.tensor([0.0, 0.5, math.log(V), 9.0], dtype=torch.float64)
     rows = [0.02 * (1 + 0.5 * (1 - min(1.0, h / math.log(V)))) for h in entropy.tolist()]
-    expect(looprpt.time_price(entropy, V, 0.02, 0.5), rows)
+    expect(looprpt.loop_cost(entropy, V, 0.02, 0.5), rows)
     assert rows[0] == pytest.approx(0.03)
     assert rows[-1] == pytest.approx(0.02)
 
 
-def test_reward_is_the_gain_over_the_teacher_less_the_price_of_later_loops():
-    logp, baseline, price, ref_loop = rand(N, L), rand(N), rand(N).abs(), torch.randint(L, (N,))
+def test_reward_is_the_gain_over_the_teacher_less_the_cost_of_later_loops():
+    logp, baseline, cost, ref_loop = rand(N, L), rand(N), rand(N).abs(), torch.randint(L, (N,))
     rows = [
-        [logp[n, i].item() - baseline[n].item() - price[n].item() * (i - ref_loop[n].item()) for i in range(L)]
+        [logp[n, i].item() - baseline[n].item() - cost[n].item() * (i - ref_loop[n].item()) for i in range(L)]
         for n in range(N)
     ]
-    expect(looprpt.exit_reward(logp, baseline, price, ref_loop), rows)
+    expect(looprpt.exit_reward(logp, baseline, cost, ref_loop), rows)
     reward = lambda a, b, c: looprpt.exit_reward(a, b, c, ref_loop)  # noqa: E731
-    assert reached(reward, logp, baseline, price) == [False, False, False]
+    assert reached(reward, logp, baseline, cost) == [False, False, False]
 
 
 # Steps 6 and 7
@@ -199,7 +204,7 @@ def policy_gradient(gate, loss):
 
 def test_exact_policy_gradient_is_that_of_the_expected_reward():
     gate, reward = rand(N, G, L), rand(N, L)
-    found = policy_gradient(gate, lambda logpi: looprpt.exact_policy_loss(logpi, reward))
+    actual = policy_gradient(gate, lambda logpi: looprpt.exact_policy_loss(logpi, reward))
     expected = torch.zeros_like(gate)
     for n, g, i in itertools.product(range(N), range(G), range(L)):
 
@@ -209,7 +214,7 @@ def test_exact_policy_gradient_is_that_of_the_expected_reward():
             return sum(p * r for p, r in zip(plain_exit_pdf(row), reward[n].tolist(), strict=True))
 
         expected[n, g, i] = -(value(1e-5) - value(-1e-5)) / 2e-5 / G
-    assert_close(found, expected, rtol=0, atol=1e-9)
+    assert_close(actual, expected, rtol=0, atol=1e-9)
     assert reached(looprpt.exact_policy_loss, logpi_like(N, G, L), reward) == [True, False]
 
 
@@ -241,11 +246,11 @@ def test_sampled_gradient_tends_to_the_exact_one_over_the_deviation_as_rollouts_
 
 
 def test_the_reference_changes_no_gradient():
-    """baseline and price x ref_loop are constant over loops and rollouts, and every advantage is centred."""
-    gate, logp, price, exits = rand(N, G, L), rand(N, L), rand(N).abs(), torch.randint(L, (N, G))
+    """baseline and cost x ref_loop are constant over loops and rollouts, and every advantage is centred."""
+    gate, logp, cost, exits = rand(N, G, L), rand(N, L), rand(N).abs(), torch.randint(L, (N, G))
 
     def gradients(baseline, ref_loop):
-        reward = looprpt.exit_reward(logp, baseline, price, ref_loop)
+        reward = looprpt.exit_reward(logp, baseline, cost, ref_loop)
         yield policy_gradient(gate, lambda p: looprpt.sampled_policy_loss(p, exits, reward))
         yield policy_gradient(gate, lambda p: looprpt.exact_policy_loss(p, reward))
         x = logp.clone().requires_grad_()
@@ -273,19 +278,27 @@ def test_representation_loss_weighs_loops_by_exit_and_advantage():
     assert reached(looprpt.representation_loss, logp, logpi, reward) == [True, False, False]
 
 
-def test_representation_loss_of_all_loops_as_visited_or_of_the_last_with_a_floor_under_it():
+def test_representation_loss_without_the_bonus_or_of_the_last_loop_alone():
     logp, logpi, reward = rand(N, L), logpi_like(N, L), rand(N, L)
-    rows = [
+    paid = looprpt.representation_loss(logp, logpi, reward).tolist()
+    visited = [
         -sum(math.exp(p) * x for p, x in zip(*pair, strict=True))
         for pair in zip(logpi.tolist(), logp.tolist(), strict=True)
     ]
-    expect(looprpt.representation_loss(logp, logpi, reward, "exits"), rows)
-    rows = [0.7 * row - 0.3 * x[-1] for row, x in zip(rows, logp.tolist(), strict=True)]
-    expect(looprpt.representation_loss(logp, logpi, reward, "exits", 0.3), rows)
-    expect(looprpt.representation_loss(logp, logpi, reward, "last", 0.3), (-logp[:, -1]).tolist())
-    for loops in ("exits", "last"):
-        formula = lambda *x, loops=loops: looprpt.representation_loss(*x, loops, 0.3)  # noqa: E731
-        assert reached(formula, logp, logpi, reward) == [True, False, False]
+    last = [-x[-1] for x in logp.tolist()]
+    formula = looprpt.representation_loss
+    expect(formula(logp, logpi, reward, bonus=0), visited)
+    expect(formula(logp, logpi, reward, bonus=0.5), [(a + b) / 2 for a, b in zip(paid, visited, strict=True)])
+    expect(formula(logp, logpi, reward, bonus=0, floor=0.3), mixed(visited, last))
+    expect(formula(logp, logpi, reward, floor=0.3), mixed(paid, last))
+    expect(formula(logp, logpi, reward, floor=1), last)
+    for bonus, floor in itertools.product((0.0, 1.0), (0.3, 1.0)):
+        changed = lambda *x, b=bonus, f=floor: formula(*x, b, f)  # noqa: E731
+        assert reached(changed, logp, logpi, reward) == [True, False, False]
+
+
+def mixed(rows, last):
+    return [0.7 * a + 0.3 * b for a, b in zip(rows, last, strict=True)]
 
 
 def test_distillation_pulls_the_earlier_loops_towards_the_last_and_never_the_last():
@@ -357,12 +370,12 @@ def policy_gradient_of_gate(logp):
 
 def test_mean_loop_counts_from_one():
     logpi = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1], [0.5, 0, 0.5, 0]]).log()
-    assert looprpt.mean_loop(logpi.clamp(min=-1e4)).tolist() == [1, 4, 2]
+    assert eval.mean_loop(logpi.clamp(min=-1e4)).tolist() == [1, 4, 2]
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
-    factors = [looprpt.lr_factor(step, 100, 0.03) for step in range(100)]
+    factors = [runs.lr_factor(step, 100, 0.03) for step in range(100)]
     assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert all(a >= b for a, b in itertools.pairwise(factors[2:]))
     assert 0 < factors[-1] < 0.01
-    assert looprpt.lr_factor(0, 1, 0.0) == 1
+    assert runs.lr_factor(0, 1, 0.0) == 1

@@ -12,14 +12,16 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import eval
 import looprpt
 import model
 from data import Batch
-from looprpt import PAPER, Counts, rpt_step
+from looprpt import PAPER, TokenCounts, rpt_step
+from support import checkpoint
 
 
 def test_golden_model(golden):
-    net, expected = model.load(golden / "ouro_tiny"), load_file(golden / "ouro_tiny" / "reference.safetensors")
+    net, expected = checkpoint.load(golden / "ouro_tiny"), load_file(golden / "ouro_tiny" / "reference.safetensors")
     with torch.no_grad():
         out = net(expected["input_ids"])
         logits = net.logits(out.hidden)
@@ -39,8 +41,11 @@ def test_golden_model(golden):
 def step(golden, monkeypatch):
     """The reference step's numbers, and a function that runs ours on its inputs, draws and hyper-parameters."""
     folder = golden / "rl_step"
-    found, tensors = json.loads((folder / "reference.json").read_text()), load_file(folder / "reference.safetensors")
-    hyper = found["hyper"]
+    reference, tensors = (
+        json.loads((folder / "reference.json").read_text()),
+        load_file(folder / "reference.safetensors"),
+    )
+    hyper = reference["hyper"]
     ids, hard = tensors["input_ids"].long(), tensors["hard_mask"].bool()
     batch = Batch(ids[:, :-1], ids[:, 1:], tensors["loss_mask_at_prediction"][:, :-1].bool())
     exits = rearrange(tensors["sampled_loops"].long()[:, :-1], "(b g) t -> b t g", g=hyper["rollouts"])[hard]  # N G
@@ -60,39 +65,39 @@ def step(golden, monkeypatch):
     )
 
     def run(**changes):
-        student, teacher = (model.load(folder / name) for name in ("student", "teacher"))
+        student, teacher = (checkpoint.load(folder / name) for name in ("student", "teacher"))
         return student, rpt_step(
-            student, teacher, batch, replace(cfg, **changes), counts=Counts(batch.mask.sum(), hard.sum())
+            student, teacher, batch, replace(cfg, **changes), counts=TokenCounts(batch.mask.sum(), hard.sum())
         )
 
-    return found, tensors, batch, cfg, run
+    return reference, tensors, batch, cfg, run
 
 
 def test_golden_hard_tokens(golden, step):
-    found, tensors, batch, cfg, _ = step
-    teacher = model.load(golden / "rl_step" / "teacher")
+    reference, tensors, batch, cfg, _ = step
+    teacher = checkpoint.load(golden / "rl_step" / "teacher")
     with torch.no_grad():
         entropy = looprpt.entropy_of(teacher.logits(teacher(batch.inputs).hidden[:, :, -1]))
     assert_close(entropy, tensors["teacher_entropy"], rtol=1e-4, atol=1e-5)
     hard = looprpt.hard_tokens(entropy, batch.mask, cfg.rho)
     assert hard.equal(tensors["hard_mask"].bool())
-    assert hard.sum() == found["metrics"]["n_hard"]
+    assert hard.sum() == reference["metrics"]["n_hard"]
 
 
 def test_golden_terms(step):
-    found, _, _, cfg, run = step
-    expected, close = found["metrics"], {"rel": 1e-4, "abs": 1e-7}
-    measured = {name: value.item() for name, value in run()[1].measured.items()}
-    assert measured["pg"] == pytest.approx(expected["pg_loss"], **close)
-    assert measured["rep"] == pytest.approx(expected["model_loss"], **close)
-    assert cfg.ent_weight * measured["ent"] == pytest.approx(expected["entropy_loss"], **close)
-    assert measured["loss"] == pytest.approx(expected["total_loss"], **close)
+    reference, _, _, cfg, run = step
+    expected, close = reference["metrics"], {"rel": 1e-4, "abs": 1e-7}
+    metrics = {name: value.item() for name, value in run()[1].metrics.items()}
+    assert metrics["pg"] == pytest.approx(expected["pg_loss"], **close)
+    assert metrics["rep"] == pytest.approx(expected["model_loss"], **close)
+    assert cfg.ent_weight * metrics["ent"] == pytest.approx(expected["entropy_loss"], **close)
+    assert metrics["loss"] == pytest.approx(expected["total_loss"], **close)
 
 
 @pytest.fixture
 def passes(golden, step):
     """Runs both models on chosen tokens: gates, logits, and log-probability of the gold token after each loop."""
-    batch, nets = step[2], [model.load(golden / "rl_step" / name) for name in ("student", "teacher")]
+    batch, nets = step[2], [checkpoint.load(golden / "rl_step" / name) for name in ("student", "teacher")]
 
     @torch.no_grad()
     def run(selected):
@@ -109,32 +114,32 @@ def passes(golden, step):
 
 def test_golden_k3(step, passes):
     """That code weighs K3 by the exit distribution and clamps the result; ours averages it over the loops."""
-    found, tensors, *_ = step
+    reference, tensors, *_ = step
     (gate, _), _, (logp, teacher_logp) = passes(tensors["hard_mask"].bool())
     k3 = [looprpt.k3_kl(s, t) for s, t in zip(logp.split(1, 1), teacher_logp.split(1, 1), strict=True)]
     weighted = (model.exit_logpdf(gate).exp() * torch.stack(k3, 1).clamp(max=10)).sum(-1).mean()
-    assert weighted.item() == pytest.approx(found["metrics"]["kl_loss_unweighted"], rel=1e-4)
+    assert weighted.item() == pytest.approx(reference["metrics"]["kl_loss_unweighted"], rel=1e-4)
 
 
 def test_golden_reward_and_loops(step, passes):
     """What that code logs of them: plain averages over all positions, those of the prompt too."""
-    found, _, batch, cfg, _ = step
+    reference, _, batch, cfg, _ = step
     (gate, teacher_gate), (_, teacher_logits), (logp, teacher_logp) = passes(torch.ones_like(batch.mask))
     ref_loop, baseline = looprpt.reference(teacher_logp, teacher_gate, cfg.tau)
     entropy = looprpt.entropy_of(teacher_logits[:, -1])
-    price = looprpt.time_price(entropy, teacher_logits.shape[-1], cfg.lambda_base, cfg.lambda_scale)
-    reward = looprpt.exit_reward(logp, baseline, price, ref_loop)
-    assert reward.mean().item() == pytest.approx(found["student_avg_reward"], rel=1e-4)
-    loops = looprpt.mean_loop(model.exit_logpdf(gate)).mean().item()
-    assert loops - 1 == pytest.approx(found["expected_loop_zero_based"], rel=1e-4)
+    cost = looprpt.loop_cost(entropy, teacher_logits.shape[-1], cfg.lambda_base, cfg.lambda_scale)
+    reward = looprpt.exit_reward(logp, baseline, cost, ref_loop)
+    assert reward.mean().item() == pytest.approx(reference["student_avg_reward"], rel=1e-4)
+    loops = eval.mean_loop(model.exit_logpdf(gate)).mean().item()
+    assert loops - 1 == pytest.approx(reference["expected_loop_zero_based"], rel=1e-4)
 
 
 def test_golden_gradients(step):
     _, tensors, _, _, run = step
-    student, found = run()
-    found.loss.backward()
+    student, output = run()
+    output.loss.backward()
     expected = {name.removeprefix("grad."): g for name, g in tensors.items() if name.startswith("grad.")}
-    names = {model.ouro_name(name): p for name, p in student.named_parameters()}
+    names = {checkpoint.ouro_name(name): p for name, p in student.named_parameters()}
     assert expected.keys() == names.keys()
     for name, gradient in expected.items():
         error = (names[name].grad - gradient).norm() / gradient.norm().clamp(min=1e-12)
@@ -145,8 +150,8 @@ def test_golden_gradients(step):
 def test_golden_gradients_notice_a_wrong_sign(step, term):
     """A check of the check: with one term's sign turned, some gradient leaves the tolerance by far."""
     _, tensors, _, cfg, run = step
-    student, found = run(**{term: -getattr(cfg, term)})
-    found.loss.backward()
-    grads = {model.ouro_name(name): p.grad for name, p in student.named_parameters()}
+    student, output = run(**{term: -getattr(cfg, term)})
+    output.loss.backward()
+    grads = {checkpoint.ouro_name(name): p.grad for name, p in student.named_parameters()}
     errors = [(grads[n[5:]] - g).norm() / g.norm() for n, g in tensors.items() if n.startswith("grad.") and g.any()]
     assert max(errors) > 1e-3

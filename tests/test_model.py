@@ -7,12 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import call
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-import data
 import model
-from model import LoopedTransformer, ModelConfig, UserError
+from data import chain_tokenizer
+from model import LoopedTransformer, ModelConfig
+from support import checkpoint
+from support.runtime import DTYPES, UserError
+from support.text import byte_tokenizer
 
 SHAPE = ModelConfig(layers=2, loops=4, width=16, heads=4, kv_heads=2, vocab_size=11, init_std=0.3)
 
@@ -75,7 +79,8 @@ def test_noise_enters_only_what_is_fed_to_the_next_loop(net, ids):
     noise = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     second = net(clean.hidden[:, :, 0] + 0.1 * noise, loops=1)
     assert_close(noisy.hidden[:, :, 1:2], second.hidden)
-    assert_close(noisy.gate[:, :, 1:2], second.gate), "the gate reads the state before the next noise"
+    message = "the gate reads the state before the next noise"
+    assert_close(noisy.gate[:, :, 1:2], second.gate, msg=lambda m: f"{message}: {m}")
 
 
 def test_grouped_query_heads_equal_full_heads_with_repeated_keys_and_values(net, ids):
@@ -104,35 +109,35 @@ def test_the_policy_gradient_reaches_the_backbone_and_the_embedding_through_the_
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_saved_checkpoint_loads_bit_for_bit_under_ouros_names(tmp_path, ids, tied):
     net = LoopedTransformer(replace(SHAPE, tied=tied, exit_threshold=0.5))
-    model.save(net, tmp_path / "a", data.chain_tokenizer())
+    checkpoint.save(net, tmp_path / "a", chain_tokenizer())
     names = load_file(tmp_path / "a" / "model.safetensors").keys()
     assert len(names) == 11 * 2 + 5 - tied
     assert "model.layers.1.post_attention_layernorm_2.weight" in names
     assert ("lm_head.weight" in names) != tied
-    again = model.load(tmp_path / "a")
+    again = checkpoint.load(tmp_path / "a")
     assert again.config == net.config
     for (name, a), (other, b) in zip(net.named_parameters(), again.named_parameters(), strict=True):
         assert name == other
         assert a.equal(b)
         assert b.requires_grad
     assert net(ids).hidden.equal(again(ids).hidden)
-    found = {p.name for p in (tmp_path / "a").iterdir()}
-    assert found == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    written = {p.name for p in (tmp_path / "a").iterdir()}
+    assert written == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert not [p for p in tmp_path.iterdir() if p.name != "a"], "no temporary folder stays behind"
     assert len({p.stat().st_mode for p in (tmp_path / "a").iterdir()}) == 1, "who may read one file may read all"
 
 
 def test_config_json_has_every_key_that_the_published_one_has(tmp_path):
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
-    found = json.loads((tmp_path / "a" / "config.json").read_text())
-    assert found["layer_types"] == ["full_attention"] * 2
-    assert found["auto_map"]["AutoModelForCausalLM"] == "ByteDance/Ouro-1.4B--modeling_ouro.OuroForCausalLM"
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["layer_types"] == ["full_attention"] * 2
+    assert config["auto_map"]["AutoModelForCausalLM"] == "ByteDance/Ouro-1.4B--modeling_ouro.OuroForCausalLM"
     keys = """architectures model_type hidden_size intermediate_size num_hidden_layers num_attention_heads
         num_key_value_heads head_dim hidden_act vocab_size max_position_embeddings rope_theta rope_scaling rms_norm_eps
         initializer_range tie_word_embeddings attention_dropout use_sliding_window sliding_window layer_types
         total_ut_steps early_exit_threshold bos_token_id eos_token_id use_cache torch_dtype transformers_version
         auto_map"""
-    assert found.keys() == {*keys.split()}
+    assert config.keys() == {*keys.split()}
 
 
 def test_parameter_counts_of_the_published_shapes():
@@ -164,32 +169,32 @@ def same(net, other):
 
 def test_a_large_checkpoint_is_sharded_with_an_index_and_loads_the_same(tmp_path, monkeypatch):
     net = LoopedTransformer(SHAPE)
-    model.save(net, tmp_path / "one")
-    monkeypatch.setattr(model, "SHARD_BYTES", 8000)
-    model.save(net, tmp_path / "many")
+    checkpoint.save(net, tmp_path / "one")
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8000)
+    checkpoint.save(net, tmp_path / "many")
     files = sorted((tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2
     assert [f.name for f in files] == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    index = json.loads((tmp_path / "many" / model.INDEX).read_text())
+    index = json.loads((tmp_path / "many" / checkpoint.INDEX).read_text())
     whole = load_file(tmp_path / "one" / "model.safetensors")
     assert index["weight_map"].keys() == whole.keys()
     assert index["metadata"]["total_size"] == sum(w.numel() * 4 for w in whole.values())
-    model.save(net, tmp_path / "half", dtype=torch.bfloat16)
-    half = json.loads((tmp_path / "half" / model.INDEX).read_text())
+    checkpoint.save(net, tmp_path / "half", dtype=torch.bfloat16)
+    half = json.loads((tmp_path / "half" / checkpoint.INDEX).read_text())
     assert half["metadata"]["total_size"] == index["metadata"]["total_size"] / 2
     for file in files:
         part = load_file(file)
         assert {key for key, name in index["weight_map"].items() if name == file.name} == part.keys()
         assert sum(w.numel() * 4 for w in part.values()) <= 8000
-    same(model.load(tmp_path / "one"), model.load(tmp_path / "many"))
+    same(checkpoint.load(tmp_path / "one"), checkpoint.load(tmp_path / "many"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_float_precision_is_read_and_written(tmp_path, dtype):
     net = LoopedTransformer(SHAPE)
-    model.save(net, tmp_path / "a", dtype=dtype)
+    checkpoint.save(net, tmp_path / "a", dtype=dtype)
     assert json.loads((tmp_path / "a" / "config.json").read_text())["torch_dtype"] == str(dtype).removeprefix("torch.")
-    as_stored, trained = model.load(tmp_path / "a", dtype=None), model.load(tmp_path / "a")
+    as_stored, trained = checkpoint.load(tmp_path / "a", dtype=None), checkpoint.load(tmp_path / "a")
     for (name, p), (_, q), (_, r) in zip(*(m.named_parameters() for m in (net, as_stored, trained)), strict=True):
         assert q.dtype == dtype, name
         assert r.dtype == torch.float32, name
@@ -199,18 +204,15 @@ def test_any_float_precision_is_read_and_written(tmp_path, dtype):
 
 def test_export_keeps_bf16_bit_for_bit_and_copies_what_stands_beside(tmp_path, monkeypatch, capsys):
     net = LoopedTransformer(replace(SHAPE, bos_token_id=None, eos_token_id=(0, 2), exit_threshold=0.7))
-    model.save(net, tmp_path / "a", dtype=torch.bfloat16)
+    checkpoint.save(net, tmp_path / "a", dtype=torch.bfloat16)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_ouro.py"):
         (tmp_path / "a" / name).write_text(f"{{}}  {name}")
     for source, dtype, out in (("a", "bf16", "b"), ("a", "fp32", "c"), ("c", "bf16", "d")):
-        monkeypatch.setattr(
-            "sys.argv", ["model.py", "export", str(tmp_path / source), str(tmp_path / out), "--dtype", dtype]
-        )
-        model.main()
+        call(monkeypatch, checkpoint, "export", tmp_path / source, tmp_path / out, "--dtype", dtype)
     c = load_file(tmp_path / "c" / "model.safetensors")
     assert {x.dtype for x in c.values()} == {torch.float32}
     for other in ("b", "d"):
-        same(model.load(tmp_path / "a", dtype=None), model.load(tmp_path / other, dtype=None))
+        same(checkpoint.load(tmp_path / "a", dtype=None), checkpoint.load(tmp_path / other, dtype=None))
         for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
             assert (tmp_path / other / name).read_text() == f"{{}}  {name}"
         assert not (tmp_path / other / "modeling_ouro.py").exists(), "no code is copied"
@@ -222,8 +224,8 @@ def test_export_keeps_bf16_bit_for_bit_and_copies_what_stands_beside(tmp_path, m
 
 
 def test_the_published_cases_files_load_and_come_back_bit_for_bit(golden, tmp_path):
-    net = model.load(golden / "ouro_tiny", dtype=None)
-    model.save(net, tmp_path / "a", beside=golden / "ouro_tiny")
+    net = checkpoint.load(golden / "ouro_tiny", dtype=None)
+    checkpoint.save(net, tmp_path / "a", source=golden / "ouro_tiny")
     original, again = (load_file(f / "model.safetensors") for f in (golden / "ouro_tiny", tmp_path / "a"))
     assert original.keys() == again.keys()
     assert all(original[key].equal(again[key]) for key in original)
@@ -235,54 +237,54 @@ def test_the_published_cases_files_load_and_come_back_bit_for_bit(golden, tmp_pa
 
 def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
     net = LoopedTransformer(replace(SHAPE, tied=True))
-    model.save(net, tmp_path / "a")
+    checkpoint.save(net, tmp_path / "a")
     rewrite(tmp_path / "a", lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"].clone()})
-    again = model.load(tmp_path / "a")
+    again = checkpoint.load(tmp_path / "a")
     same(again, net)
     assert again.lm_head.weight is again.embed_tokens.weight
     rewrite(tmp_path / "a", lambda w: w | {"lm_head.weight": w["model.embed_tokens.weight"] + 1})
     with pytest.raises(UserError, match=r"says tie_word_embeddings, but its lm_head.weight differs"):
-        model.load(tmp_path / "a")
+        checkpoint.load(tmp_path / "a")
 
 
 def test_rope_theta_is_found_where_newer_transformers_write_it(tmp_path):
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
 
     def change(c):
         del c["rope_theta"]
         c["rope_parameters"] = {"rope_theta": 5000.0, "rope_type": "default"}
 
     spoil(tmp_path / "a", change)
-    assert model.load_config(tmp_path / "a").rope_theta == 5000
+    assert checkpoint.load_config(tmp_path / "a").rope_theta == 5000
     spoil(tmp_path / "a", lambda c: c.update(rope_theta=7000.0))
-    assert model.load_config(tmp_path / "a").rope_theta == 7000, "the published place goes first"
+    assert checkpoint.load_config(tmp_path / "a").rope_theta == 7000, "the published place goes first"
 
 
 def test_as_stored_means_the_widest_precision_stored(tmp_path):
     net = LoopedTransformer(SHAPE)
-    model.save(net, tmp_path / "a", dtype=torch.bfloat16)
+    checkpoint.save(net, tmp_path / "a", dtype=torch.bfloat16)
     rewrite(tmp_path / "a", lambda w: w | {"model.norm.weight": torch.full((16,), 1 + 2**-20)})
-    again = model.load(tmp_path / "a", dtype=None)
+    again = checkpoint.load(tmp_path / "a", dtype=None)
     assert {p.dtype for p in again.parameters()} == {torch.float32}
     assert again.norm.weight.equal(torch.full((16,), 1 + 2**-20))
 
 
 def test_the_end_of_text_may_be_several_tokens(tmp_path):
     net = LoopedTransformer(replace(SHAPE, vocab_size=259, eos_token_id=(0, 2)))
-    model.save(net, tmp_path / "a", data.byte_tokenizer())
-    assert model.load_config(tmp_path / "a").eos_token_id == (0, 2)
+    checkpoint.save(net, tmp_path / "a", byte_tokenizer())
+    assert checkpoint.load_config(tmp_path / "a").eos_token_id == (0, 2)
     assert json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
 
 
 def test_a_new_tokenizer_takes_only_the_generation_settings_along(tmp_path):
     (tmp_path / "old").mkdir()
-    for name in model.BESIDE:
+    for name in checkpoint.COMPANIONS:
         (tmp_path / "old" / name).write_text("old")
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a", data.byte_tokenizer(), beside=tmp_path / "old")
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a", byte_tokenizer(), source=tmp_path / "old")
     old = {p.name for p in (tmp_path / "a").iterdir() if p.read_bytes() == b"old"}
     assert old == {"generation_config.json"}
-    model.save(LoopedTransformer(SHAPE), tmp_path / "b", beside=tmp_path / "old")
-    assert {p.name for p in (tmp_path / "b").iterdir() if p.read_bytes() == b"old"} == {*model.BESIDE}
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "b", source=tmp_path / "old")
+    assert {p.name for p in (tmp_path / "b").iterdir() if p.read_bytes() == b"old"} == {*checkpoint.COMPANIONS}
 
 
 def test_the_gate_is_exact_where_the_model_is_bf16():
@@ -296,7 +298,7 @@ def test_the_gate_is_exact_where_the_model_is_bf16():
 def test_a_folder_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"can't be written .*: make room or give another place"):
-        model.save(LoopedTransformer(SHAPE), tmp_path / "file" / "a")
+        checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "file" / "a")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -322,27 +324,27 @@ hidden_size 17"""
     [(k, v) for line in IMPOSSIBLE.splitlines() for k, _, vs in [line.partition(" ")] for v in vs.split("|")],
 )
 def test_a_value_that_a_key_cannot_have_is_refused_by_its_name(tmp_path, key, value):
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
     spoil(tmp_path / "a", lambda c: c.update({key: json.loads(value)}))
     if key == "hidden_size":
         spoil(tmp_path / "a", lambda c: c.pop("head_dim"))
     with pytest.raises(UserError, match=f"config.json (says {key} |has a shape that no model can have)"):
-        model.load_config(tmp_path / "a")
+        checkpoint.load_config(tmp_path / "a")
 
 
 def test_null_means_the_default_where_other_programs_write_it(tmp_path):
-    model.save(LoopedTransformer(replace(SHAPE, kv_heads=4)), tmp_path / "a")
+    checkpoint.save(LoopedTransformer(replace(SHAPE, kv_heads=4)), tmp_path / "a")
     spoil(tmp_path / "a", lambda c: c.update(head_dim=None, num_key_value_heads=None))
-    assert model.load_config(tmp_path / "a") == replace(SHAPE, kv_heads=4).resolved()
+    assert checkpoint.load_config(tmp_path / "a") == replace(SHAPE, kv_heads=4).resolved()
 
 
 def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
     )
     with pytest.raises(UserError, match="is a pointer of git-lfs, not the weights: run git lfs pull"):
-        model.load(tmp_path / "a")
+        checkpoint.load(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -352,8 +354,8 @@ def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
             lambda f: next(f.glob("*00002-of*")).unlink(),
             r"names model-00002-of-\d+.safetensors, which is not in the folder",
         ),
-        (lambda f: (f / model.INDEX).write_text("{"), "index.json is not JSON"),
-        (lambda f: (f / model.INDEX).write_text("{}"), "has no weight_map of names to files"),
+        (lambda f: (f / checkpoint.INDEX).write_text("{"), "index.json is not JSON"),
+        (lambda f: (f / checkpoint.INDEX).write_text("{}"), "has no weight_map of names to files"),
         (
             lambda f: reindex(f, lambda w: {k: f"../{v}" for k, v in w.items()}),
             r"names ../model-\d+-of-\d+.safetensors, which is not in",
@@ -366,16 +368,16 @@ def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
     ],
 )
 def test_a_damaged_index_or_shard_is_refused(tmp_path, monkeypatch, damage, message):
-    monkeypatch.setattr(model, "SHARD_BYTES", 8000)
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8000)
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
     damage(tmp_path / "a")
     with pytest.raises(UserError, match=message):
-        model.load(tmp_path / "a")
+        checkpoint.load(tmp_path / "a")
 
 
 def reindex(folder, change):
-    index = json.loads((folder / model.INDEX).read_text())
-    (folder / model.INDEX).write_text(json.dumps(index | {"weight_map": change(index["weight_map"])}))
+    index = json.loads((folder / checkpoint.INDEX).read_text())
+    (folder / checkpoint.INDEX).write_text(json.dumps(index | {"weight_map": change(index["weight_map"])}))
 
 
 @pytest.mark.slow
@@ -384,10 +386,10 @@ def test_loading_holds_little_more_than_the_model(tmp_path, dtype):
     """Peak memory of a process that loads 220 MB (in float32), over that of one that loads next to nothing."""
     shape = ModelConfig(layers=16, loops=2, width=512, heads=8, vocab_size=8192)
     net = LoopedTransformer(shape)
-    model.save(net, tmp_path / "big", dtype=model.DTYPES[dtype])
-    model.save(LoopedTransformer(SHAPE), tmp_path / "small")
-    script = "import sys, resource, model, pathlib; model.load(pathlib.Path(sys.argv[1])); "
-    script += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    checkpoint.save(net, tmp_path / "big", dtype=DTYPES[dtype])
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "small")
+    script = "import sys, resource, pathlib; from support import checkpoint; "
+    script += "checkpoint.load(pathlib.Path(sys.argv[1])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     peaks = [
         int(subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, check=True).stdout)
         for name in ("small", "big")
@@ -460,16 +462,16 @@ def spoil(folder, change):
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_what_is_wrong_with_it(tmp_path, damage, message):
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
     damage(tmp_path / "a")
     with pytest.raises(UserError, match=message):
-        model.load(tmp_path / "a")
+        checkpoint.load(tmp_path / "a")
 
 
 def test_nothing_saved_is_overwritten(tmp_path):
-    model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
     with pytest.raises(UserError, match="is there already: nothing saved is overwritten"):
-        model.save(LoopedTransformer(SHAPE), tmp_path / "a")
+        checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -478,9 +480,9 @@ def test_nothing_saved_is_overwritten(tmp_path):
         ({"width": 65}, "--model.width 65 is not divisible by --model.heads 4: try --model.width 68"),
         ({"heads": 4, "kv_heads": 3}, "--model.heads 4 is not divisible by --model.kv-heads 3"),
         ({"width": 12, "kv_heads": 0}, "heads of 3 channels: rotary positions need an even number"),
-        ({"layers": 0}, "--model.layers 0 is below 1"),
-        ({"loops": 0}, "--model.loops 0 is below 1"),
-        ({"ffn": -1}, "--model.ffn -1 is negative"),
+        ({"layers": 0}, "--model.layers 0 is out of its range: give a number 1 or more"),
+        ({"loops": 0}, "--model.loops 0 is out of its range: give a number 1 or more"),
+        ({"ffn": -1}, "--model.ffn -1 is out of its range: give a number 0 or more"),
     ],
 )
 def test_a_shape_that_no_model_can_have_is_refused(change, message):

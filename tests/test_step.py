@@ -9,20 +9,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import slow_exit
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import data
-import eval
 import looprpt
 import model
 from data import Batch, DataConfig, Row
-from looprpt import PAPER, Config, Counts, RPTConfig, TrainConfig, rpt_step
+from lab import study
+from looprpt import PAPER, Config, RPTConfig, TokenCounts, TrainConfig, rpt_step
 from model import LoopedTransformer, ModelConfig, exit_logpdf
+from support import processes, runtime
 
 SHAPE = ModelConfig(layers=1, loops=4, width=16, heads=2, vocab_size=11, init_std=0.4)
 B, T, G = 2, 9, 3
-CPU = torch.device("cpu")
+EXITS = {"loops", "entropy", "saturation"}
+METRICS = {
+    "pretrain": {"loss", "last_ce"} | EXITS,
+    "gate": {"loss"} | EXITS,
+    "rpt": {"loss", "pg", "rep", "ent", "kl", "distill", "reward"} | EXITS,
+}
 
 
 def make(seed, **changes):
@@ -41,8 +48,22 @@ def batch():
     return Batch(ids[:, :-1], ids[:, 1:], mask)
 
 
+def train(run, config, rows, **how):
+    """Do a stage's steps; gives what each of them logs."""
+    lines = []
+    looprpt.train(run, config, rows, log=lines.append, **how)
+    return lines
+
+
+def first_step(stage, config, rows):
+    """A stage after its first step, and what that logs."""
+    run = looprpt.start_stage(stage, make(0), config)
+    (line,) = train(run, config, rows, stopping=lambda: True)
+    return run, line
+
+
 def counts_of(batch, rho):
-    return Counts(batch.mask.sum().item(), looprpt.hard_count(batch.mask, rho).sum().item())
+    return TokenCounts(batch.mask.sum().item(), looprpt.hard_count(batch.mask, rho).sum().item())
 
 
 # A slow reading of the paper: one sequence, one rollout, one token at a time, every pass at full depth
@@ -95,14 +116,13 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
         for t in hard:
             y = batch.targets[b, t]
             ref_logp = [slow_logp(teacher, s[t], y).detach() for s in ref_states]
-            cumulative = list(itertools.accumulate(slow_pdf([g[t] for g in ref_gates])))
-            ref_loop = next(i for i in range(loops) if cumulative[i] >= cfg.tau or i == loops - 1)
+            ref_loop = slow_exit([g[t] for g in ref_gates], cfg.tau) - 1
             d = min(1.0, entropy[t].item() / math.log(vocab))
-            price = cfg.lambda_base * (1 + cfg.lambda_scale * (1 - d))
+            cost = cfg.lambda_base * (1 + cfg.lambda_scale * (1 - d))
 
             def reward(states, i):
                 gain = slow_logp(student, states[i][t], y) - ref_logp[ref_loop]  # noqa: B023
-                return (gain - price * (i - ref_loop)).detach()  # noqa: B023
+                return (gain - cost * (i - ref_loop)).detach()  # noqa: B023
 
             logp, pi = [slow_logp(student, s[t], y) for s in states], slow_pdf([g[t] for g in gates])
             rewards = [reward(states, i) for i in range(loops)]
@@ -117,10 +137,8 @@ def slow_step(student, teacher, batch, cfg, generator, draw):
             else:
                 pg = exact - exact.detach()  # a centred advantage: the gradient of the expectation, the value 0
             advantage = slow_standardized(rewards).clamp(min=0)
-            if cfg.rep_loops != "pay":
-                advantage = [0.0] * loops
-            visited = [0.0] * (loops - 1) + [1.0] if cfg.rep_loops == "last" else [p.detach() for p in pi]
-            rep = -sum(p * (1 + a) * x for p, a, x in zip(visited, advantage, logp, strict=True))
+            weights = [p.detach() * (1 + cfg.rep_bonus * a) for p, a in zip(pi, advantage, strict=True)]
+            rep = -sum(w * x for w, x in zip(weights, logp, strict=True))
             rep = (1 - cfg.floor) * rep - cfg.floor * logp[-1]
             last = student.lm_head(states[-1][t]).detach().log_softmax(-1)
             earlier = [student.lm_head(s[t]).log_softmax(-1) for s in states[:-1]]
@@ -142,8 +160,8 @@ FORMS = [
     {"estimator": "exact", "noise_std": 0.0},
     {"estimator": "sampled", "noise_std": 0.0},
     {"estimator": "exact", "noise_std": 0.0, "floor": 0.3},
-    {"estimator": "exact", "rep_loops": "exits", "floor": 0.3, "distill_weight": 0.6},
-    {"estimator": "exact", "rep_loops": "last", "pg_weight": 0.0, "floor": 0.3},
+    {"estimator": "exact", "rep_bonus": 0.0, "floor": 0.3, "distill_weight": 0.6},
+    {"estimator": "exact", "floor": 1.0, "pg_weight": 0.0},
     {"estimator": "sampled", "distill_weight": 0.6},
     {"estimator": "sampled", "rho": 1.0, "tau": 0.9},
 ]
@@ -180,14 +198,14 @@ def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, form):
     chosen = looprpt.hard_tokens
     monkeypatch.setattr(looprpt, "hard_tokens", note_hard)
     monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: exits[hard])
-    found = rpt_step(
+    output = rpt_step(
         student, teacher, batch, cfg, counts=counts_of(batch, cfg.rho), generator=torch.Generator().manual_seed(3)
     )
     slow = slow_step(
         slow_student, teacher, batch, cfg, torch.Generator().manual_seed(3), lambda b, t, g: exits[b, t, g]
     )
-    assert_close(found.loss, slow, rtol=1e-10, atol=1e-10)
-    found.loss.backward()
+    assert_close(output.loss, slow, rtol=1e-10, atol=1e-10)
+    output.loss.backward()
     slow.backward()
     for (name, p), q in zip(student.named_parameters(), slow_student.parameters(), strict=True):
         assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
@@ -202,16 +220,16 @@ def gradient(net, loss):
 
 def study_config(name, **changes):
     """The flags of a variant of the study."""
-    return replace(looprpt.parse(eval.VARIANTS[name][2].split()).rpt, **changes)
+    return replace(looprpt.parse(study.VARIANTS[name][2].split()).rpt, **changes)
 
 
-def test_stage_i_is_loop_rpt_without_noise_price_bonus_and_kl(batch):
+def test_stage_i_is_loop_rpt_without_noise_cost_bonus_and_kl(batch):
     """The control of the study called Stage I has Ouro's own gradient, through the gate as well."""
     student, cfg = make(0), study_config("stage-1")
     counts = counts_of(batch, 1)
-    found = gradient(student, rpt_step(student, make(1), batch, cfg, counts=counts).loss)
+    actual = gradient(student, rpt_step(student, make(1), batch, cfg, counts=counts).loss)
     expected = gradient(student, looprpt.pretrain_step(student, batch, looprpt.PretrainConfig(), counts=counts).loss)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(actual, expected, strict=True):
         assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -224,8 +242,8 @@ def test_the_control_next_token_is_cross_entropy_after_the_last_loop(batch, name
     chosen = looprpt.hard_tokens(entropy, batch.mask, cfg.rho)
     logits = student.logits(out.hidden[:, :, -1])[chosen]
     expected = gradient(student, torch.nn.functional.cross_entropy(logits, batch.targets[chosen]))
-    found = gradient(student, rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, cfg.rho)).loss)
-    for a, b in zip(found, expected, strict=True):
+    actual = gradient(student, rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, cfg.rho)).loss)
+    for a, b in zip(actual, expected, strict=True):
         assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
@@ -251,40 +269,40 @@ def test_every_loss_weight_and_choice_of_a_variant_is_what_its_name_says():
 def test_gate_only_trains_the_gate_alone():
     config = Config(rpt=RPTConfig(steps=3, gate_only=True, rep_weight=0.0), train=TrainConfig(batch=4))
     start = LoopedTransformer(replace(config.model, vocab_size=8), generator=torch.Generator().manual_seed(0))
-    run = looprpt.begin("rpt", copy.deepcopy(start), config)
-    list(looprpt.train(run, config, None, device=CPU))
+    run = looprpt.start_stage("rpt", copy.deepcopy(start), config)
+    train(run, config, None)
     changed = [
         n for (n, p), q in zip(run.student.named_parameters(), start.parameters(), strict=True) if (p != q).any()
     ]
     assert changed
     assert all(name.startswith("early_exit_gate.") for name in changed)
-    after = looprpt.begin("rpt", run.student, replace(config, rpt=RPTConfig()))
+    after = looprpt.start_stage("rpt", run.student, replace(config, rpt=RPTConfig()))
     assert all(p.requires_grad for p in after.student.parameters()), "the next stage trains all again"
 
 
 def test_entropy_bonus_flattens_the_exits(batch):
     student, weights = make(0), {"pg_weight": 0, "rep_weight": 0, "ent_weight": 1, "kl_weight": 0}
     cfg = replace(PAPER, estimator="exact", noise_std=0, rho=1, **weights)
-    counts, optimizer, measured = counts_of(batch, 1), torch.optim.SGD(student.parameters(), 0.1), []
+    counts, optimizer, entropies = counts_of(batch, 1), torch.optim.SGD(student.parameters(), 0.1), []
     for _ in range(5):
         optimizer.zero_grad()
-        found = rpt_step(student, make(1), batch, cfg, counts=counts)
-        found.loss.backward()
+        output = rpt_step(student, make(1), batch, cfg, counts=counts)
+        output.loss.backward()
         optimizer.step()
-        measured.append(found.measured["ent"].item())
-    assert all(a > b for a, b in itertools.pairwise(measured)), "ent is minus the entropy"
+        entropies.append(output.metrics["ent"].item())
+    assert all(a > b for a, b in itertools.pairwise(entropies)), "ent is minus the entropy"
 
 
 def test_step_measures_reward_and_loops_in_the_units_a_reader_expects(batch):
     student, teacher = make(0), make(1)
     cfg = replace(PAPER, estimator="exact", noise_std=0.0, rho=1.0)
-    found = rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, 1)).measured
-    assert found.keys() == {*looprpt.MEASURED["rpt"]}
-    assert 1 < found["loops"] < 4
-    assert found["pg"].abs() < 1e-12
+    metrics = rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, 1)).metrics
+    assert metrics.keys() == METRICS["rpt"]
+    assert 1 < metrics["loops"] < 4
+    assert metrics["pg"].abs() < 1e-12
     out = student(batch.inputs)
     logpi = exit_logpdf(out.gate[batch.mask])
-    assert_close(found["loops"], (logpi.exp() @ torch.arange(1.0, 5).double()).mean())
+    assert_close(metrics["loops"], (logpi.exp() @ torch.arange(1.0, 5).double()).mean())
 
 
 @pytest.mark.parametrize(
@@ -300,10 +318,10 @@ def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, 
 
     monkeypatch.setattr(LoopedTransformer, "forward", counting)
     student, teacher = make(0, loops=loops), make(1, loops=loops)
-    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G), counts=Counts(13, 5))
+    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G), counts=TokenCounts(13, 5))
     assert ran == [(B, loops), (B, loops)] + [(B * G, n) for n in expected]
     ran.clear()
-    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G, noise_std=0), counts=Counts(13, 5))
+    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G, noise_std=0), counts=TokenCounts(13, 5))
     assert ran == [(B, loops), (B, loops)], "without noise a rollout is the clean pass"
 
 
@@ -313,19 +331,19 @@ def test_only_hard_tokens_reach_the_vocabulary(batch, monkeypatch):
     monkeypatch.setattr(LoopedTransformer, "logits", lambda net, h: seen.append(h.shape[:-1].numel()) or logits(net, h))
     counts = counts_of(batch, 0.2)
     rpt_step(make(0), make(1), batch, PAPER, counts=counts)
-    assert seen == [counts.tokens, counts.hard * 4, counts.hard * 4]
+    assert seen == [counts.targets, counts.hard * 4, counts.hard * 4]
 
 
 @pytest.mark.parametrize("objective", ["pretrain", "rpt"])
-def test_logits_come_in_slices_with_the_same_result(batch, monkeypatch, objective):
-    """Never more than a slice's at once; where all together are too many, the backward pass makes them again."""
+def test_logits_come_in_chunks_with_the_same_result(batch, monkeypatch, objective):
+    """Never more than a chunk's at once; where all together are too many, the backward pass computes them again."""
     made, logits = [], LoopedTransformer.logits
     monkeypatch.setattr(LoopedTransformer, "logits", lambda net, h: made.append(h.shape[:-1].numel()) or logits(net, h))
     cfg = RPTConfig(rollouts=G, rho=1, noise_std=0, kl_weight=1)
-    found = []
+    results = []
     for size in (2**23, 90):  # of logits: 90 are two tokens of four loops
-        monkeypatch.setattr(looprpt, "SLICE", size)
-        monkeypatch.setattr(looprpt, "KEPT", 2 * size)
+        monkeypatch.setattr(model, "CHUNK_LOGITS", size)
+        monkeypatch.setattr(model, "MAX_KEPT_LOGITS", 2 * size)
         made.clear()
         student, counts = make(0), counts_of(batch, 1)
         if objective == "pretrain":
@@ -336,8 +354,8 @@ def test_logits_come_in_slices_with_the_same_result(batch, monkeypatch, objectiv
         step.loss.backward()
         assert max(made) * 11 <= size
         assert (len(made) > forward) == (size == 90)
-        found.append((step.measured, [p.grad for p in student.parameters()]))
-    assert_close(*found)
+        results.append((step.metrics, [p.grad for p in student.parameters()]))
+    assert_close(*results)
 
 
 @pytest.mark.parametrize("estimator", ["sampled", "exact"])
@@ -351,19 +369,19 @@ def test_no_step_waits_for_the_device(batch, estimator):
         lambda: looprpt.pretrain_step(student, there, looprpt.PretrainConfig(), counts=counts_of(batch, 0.4)),
         lambda: looprpt.gate_step(student, there, looprpt.GateConfig(), counts=counts_of(batch, 0.4)),
     ):
-        found = step()
-        found.loss.backward()
-        assert found.loss.is_meta
-    looprpt.update_teacher(teacher, student, 0.9)
+        output = step()
+        output.loss.backward()
+        assert output.loss.is_meta
+    looprpt.ema_update(teacher, student, 0.9)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_compiled_layers_give_the_same_and_compile_once(checkpointing):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_give_the_same_and_compile_once(recompute):
     """One graph for weights that are trained and one for weights that aren't, whatever the rows and their lengths."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    config = replace(SUMS, train=replace(SUMS.train, batch=3, checkpoint=checkpointing))
+    config = replace(SUMS, train=replace(SUMS.train, batch=3, recompute=recompute))
     changes = {stage: replace(getattr(config, stage), steps=4) for stage in STAGES}
     changes["rpt"] = replace(changes["rpt"], rollouts=2, estimator="sampled", noise_std=0.1)
     config = replace(config, **changes)
@@ -371,13 +389,13 @@ def test_compiled_layers_give_the_same_and_compile_once(checkpointing):
     for mode in ("off", "on"):
         config = replace(config, train=replace(config.train, compile=mode))
         for stage in STAGES:
-            run = looprpt.begin(stage, make(0), config)
-            results[mode, stage] = list(looprpt.train(run, config, rows(), device=CPU))
+            run = looprpt.start_stage(stage, make(0), config)
+            results[mode, stage] = train(run, config, rows())
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             assert graphs == ({"pretrain": 1, "gate": 2, "rpt": 2}[stage] if mode == "on" else 0)
     for stage in STAGES:
         for a, b in zip(results["on", stage], results["off", stage], strict=True):
-            for name in looprpt.MEASURED[stage]:
+            for name in METRICS[stage]:
                 assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-9), (stage, name)
 
 
@@ -398,24 +416,23 @@ SUMS = Config(
 STAGES = ("pretrain", "gate", "rpt")
 
 
-def gradients(config, rank=0, world=1, spread=lambda net: net):
-    """Every gradient and measurement of the first step of each objective."""
-    found = {}
+def gradients(config):
+    """Every gradient and metric of the first step of each objective."""
+    results = {}
     for stage in STAGES:
-        run = looprpt.begin(stage, make(0), config, spread=spread)
-        measured = next(looprpt.train(run, config, rows(), device=CPU, rank=rank, world=world))
+        run, line = first_step(stage, config, rows())
         grads = {name: p.grad for name, p in run.student.named_parameters() if p.grad is not None}
-        found |= {f"{stage} {name}": looprpt.whole(grad) for name, grad in grads.items()}
-        found |= {f"{stage} {name}": torch.tensor(measured[name]) for name in looprpt.MEASURED[stage]}
-    return found
+        results |= {f"{stage} {name}": processes.full_tensor(grad) for name, grad in grads.items()}
+        results |= {f"{stage} {name}": torch.tensor(line[name]) for name in METRICS[stage]}
+    return results
 
 
-def worker(rank, world, folder, kind, config):
+def worker(rank, world, folder, config):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    found = gradients(config, rank, world, lambda net: looprpt.spread(net, kind, CPU))
-    save_file({name: x.contiguous() for name, x in found.items()}, f"{folder}/{rank}.safetensors")
-    model.leave()
+    results = gradients(config)
+    save_file({name: x.contiguous() for name, x in results.items()}, f"{folder}/{rank}.safetensors")
+    runtime.exit_process()
 
 
 @pytest.fixture(scope="module")
@@ -423,14 +440,14 @@ def straight():
     return gradients(SUMS)
 
 
-def agree(found, expected):
-    assert found.keys() == expected.keys()
+def agree(actual, expected):
+    assert actual.keys() == expected.keys()
     for name in expected:
         loose = {"rtol": 1e-6, "atol": 1e-6}  # measurements are kept in float32
         tight = {"rtol": 1e-9, "atol": 1e-12}
-        is_gradient = found[name].dim() > 0
+        is_gradient = actual[name].dim() > 0
         assert_close(
-            found[name], expected[name], **(tight if is_gradient else loose), msg=lambda m, name=name: f"{name}: {m}"
+            actual[name], expected[name], **(tight if is_gradient else loose), msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
@@ -444,18 +461,18 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(straight, size):
     [("ddp", 0, "off"), ("fsdp", 1, "off"), pytest.param("fsdp", 2, "on", marks=pytest.mark.slow)],
 )
 def test_two_processes_give_the_gradient_of_one(straight, tmp_path, kind, micro_batch, compiled):
-    """Of rows and counted tokens that don't divide evenly, so an average per process would be off.
+    """Of rows and target tokens that don't divide evenly, so an average per process would be off.
 
     With micro-batches of one row, one process runs four, the other three and an idle one.
     """
-    how = {"micro_batch": micro_batch, "checkpoint": bool(micro_batch), "compile": compiled}
-    config = replace(SUMS, train=replace(SUMS.train, **how))
-    mp.spawn(worker, (2, str(tmp_path), kind, config), nprocs=2)
+    how = {"micro_batch": micro_batch, "recompute": bool(micro_batch), "compile": compiled}
+    config = replace(SUMS, dist=kind, train=replace(SUMS.train, **how))
+    mp.spawn(worker, (2, str(tmp_path), config), nprocs=2)
     for rank in range(2):
         agree(load_file(tmp_path / f"{rank}.safetensors"), straight)
 
 
-def test_a_row_without_a_token_that_counts_changes_nothing():
+def test_a_row_without_a_target_token_changes_nothing():
     student, cfg = make(0), RPTConfig(noise_std=0.0)
     one = Batch(torch.ones(1, 5).long(), torch.ones(1, 5).long(), torch.ones(1, 5, dtype=torch.bool))
     two = Batch(*(torch.cat((part, torch.zeros_like(part))) for part in one))
@@ -471,9 +488,9 @@ def test_each_step_has_its_own_batch_wherever_a_run_starts(monkeypatch, start):
     seen, step = [], looprpt.pretrain_step
     monkeypatch.setattr(looprpt, "pretrain_step", lambda net, b, *a, **how: seen.append(b) or step(net, b, *a, **how))
     config = replace(SUMS, train=replace(SUMS.train, batch=2), pretrain=replace(SUMS.pretrain, steps=6))
-    run = looprpt.begin("pretrain", make(0), config)
+    run = looprpt.start_stage("pretrain", make(0), config)
     run.step = start
-    list(looprpt.train(run, config, rows(), device=CPU))
+    train(run, config, rows())
     source = data.source(rows(), config.data, batch=2, seed="0/pretrain")
     assert len(seen) == 6 - start
     for index, batch in enumerate(seen, start):
@@ -481,23 +498,34 @@ def test_each_step_has_its_own_batch_wherever_a_run_starts(monkeypatch, start):
         assert batch.inputs.equal(source.batch(index).inputs[:, :width])
 
 
+def test_every_step_is_logged_and_a_run_is_saved_when_due_and_at_its_end():
+    config = replace(SUMS, train=replace(SUMS.train, save_every=2), pretrain=replace(SUMS.pretrain, steps=5))
+    run, saved = looprpt.start_stage("pretrain", make(0), config), []
+    lines = train(run, config, rows(), save=lambda run: saved.append(run.step))
+    assert [(line["stage"], line["step"]) for line in lines] == [("pretrain", step) for step in range(1, 6)]
+    assert all(line.keys() > METRICS["pretrain"] | {"grad_norm", "skipped", "tokens_per_s", "mfu"} for line in lines)
+    assert saved == [2, 4, 5]
+    run, saved = looprpt.start_stage("pretrain", make(0), config), []
+    lines = train(run, config, rows(), save=lambda run: saved.append(run.step), stopping=lambda: run.step == 2)
+    assert (len(lines), saved, run.stopped) == (3, [2, 3], True)
+
+
 def test_gradients_are_clipped_and_their_norm_is_logged_before():
     config = replace(SUMS, train=replace(SUMS.train, clip=0.01))
-    run = looprpt.begin("pretrain", make(0), config)
-    now = next(looprpt.train(run, config, rows(), device=CPU))
+    run, line = first_step("pretrain", config, rows())
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.student.parameters()])
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
-    assert now["grad_norm"] > 0.1
+    assert line["grad_norm"] > 0.1
 
 
 def test_operations_add_up_over_micro_batches(monkeypatch):
-    monkeypatch.setattr(looprpt, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(runtime, "vendor_flops", lambda device: 1e9)
     ratio = []
     for size in (0, 2):
         config = replace(SUMS, train=replace(SUMS.train, micro_batch=size))
         same = [Row(row.ids[:5], 1) for row in rows()]
-        now = next(looprpt.train(looprpt.begin("pretrain", make(0), config), config, same, device=CPU))
-        ratio.append(now["mfu"] / now["tokens_per_s"])
+        _, line = first_step("pretrain", config, same)
+        ratio.append(line["mfu"] / line["tokens_per_s"])
     assert ratio[0] == pytest.approx(ratio[1])
 
 
@@ -512,23 +540,23 @@ def test_the_gate_stage_leaves_the_backbone_as_it_was():
     student = make(0)
     before = copy.deepcopy(student.state_dict())
     config = replace(SUMS, gate=replace(SUMS.gate, steps=3))
-    list(looprpt.train(looprpt.begin("gate", student, config), config, rows(), device=CPU))
+    train(looprpt.start_stage("gate", student, config), config, rows())
     changed = {name for name, p in student.state_dict().items() if not p.equal(before[name])}
     assert changed == {"early_exit_gate.weight", "early_exit_gate.bias"}
 
 
 def test_the_teacher_is_a_moving_average_without_gradient(monkeypatch):
     student, seen = make(0), []
-    follow = looprpt.update_teacher
+    follow = looprpt.ema_update
 
-    def watching(teacher, student, ema):
+    def watching(teacher, student, decay):
         before = copy.deepcopy(teacher.state_dict())
-        follow(teacher, student, ema)
+        follow(teacher, student, decay)
         seen.append((before, copy.deepcopy(teacher.state_dict()), copy.deepcopy(student.state_dict())))
 
-    monkeypatch.setattr(looprpt, "update_teacher", watching)
+    monkeypatch.setattr(looprpt, "ema_update", watching)
     start = copy.deepcopy(student.state_dict())
-    list(looprpt.train(looprpt.begin("rpt", student, SUMS), SUMS, rows(), device=CPU))
+    train(looprpt.start_stage("rpt", student, SUMS), SUMS, rows())
     assert len(seen) == 2
     assert all(a.equal(b) for a, b in zip(seen[0][0].values(), start.values(), strict=True)), "it starts as the student"
     assert all(a.equal(b) for a, b in zip(seen[1][0].values(), seen[0][1].values(), strict=True)), (
@@ -544,7 +572,7 @@ def test_training_repeats_bit_for_bit_from_its_seed():
     for seed in (0, 0, 1):
         student = LoopedTransformer(replace(SHAPE, vocab_size=8), generator=data.seeded(seed))
         config = Config(seed=seed, data=DataConfig(operands=4), train=TrainConfig(batch=16), rpt=RPTConfig(steps=3))
-        list(looprpt.train(looprpt.begin("rpt", student, config), config, None, device=CPU))
+        train(looprpt.start_stage("rpt", student, config), config, None)
         runs.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
     assert runs[0].equal(runs[1])
     assert not runs[0].equal(runs[2])
@@ -559,7 +587,8 @@ def test_every_step_process_micro_batch_and_seed_has_its_own_noise(monkeypatch):
 
     monkeypatch.setattr(looprpt, "rpt_step", noting)
     for seed, rank in ((0, 0), (0, 1), (1, 0)):
+        monkeypatch.setattr(processes, "rank_and_world", lambda rank=rank: (rank, 1))
         config = replace(SUMS, seed=seed, train=replace(SUMS.train, batch=4, micro_batch=1))
-        list(looprpt.train(looprpt.begin("rpt", make(0), config), config, rows(), device=CPU, rank=rank))
+        train(looprpt.start_stage("rpt", make(0), config), config, rows())
     assert len(seeds) > 9, "two steps of one or two rows, three times"
     assert len({*seeds}) == len(seeds)

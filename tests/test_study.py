@@ -1,36 +1,58 @@
 """The study: what is run, what is done again, what its files, tables and pictures say."""
 
+import contextlib
 import json
+import os
 import re
-import sys
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
+import matplotlib.figure
 import pytest
 import torch
+from helpers import call, refused
 
 import data
 import eval
 import looprpt
-import model
-from eval import VARIANTS
-from model import UserError
+from lab import study
+from lab.study import VARIANTS
+from support import checkpoint, text
 
+ROOT = Path(looprpt.__file__).parent
 TINY = "--data.operands 3 --data.val-rows 1000 --model.loops 3 --model.width 16 --model.heads 2 --train.batch 8"
 DEMO = ("results/demo/base-0.json", "results/demo/looprpt-0.json")
 STEPS = "--pretrain.steps 6 --rpt.steps 4 --gate.steps 4"
 
 
-def call(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
-    eval.main()
+class InProcess(contextlib.nullcontext):
+    """A child that has run to its end, in this process: it saves the seconds that a start takes."""
+
+    returncode = 0
+
+    def __init__(self, command):
+        super().__init__(self)
+        with pytest.MonkeyPatch.context() as patch:
+            call(patch, looprpt, *command[2:])
+
+    def poll(self):
+        return self.returncode
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small():
+def tiny():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(eval.TRACKS, "demo", f"{TINY} {STEPS}")
-        patch.setattr(eval, "DataConfig", lambda **how: data.DataConfig(**{"operands": 3, "val_rows": 1000} | how))
+        patch.setitem(study.TRACKS, "demo", f"{TINY} {STEPS}")
+        patch.setenv("OMP_NUM_THREADS", "1")
         yield
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    monkeypatch.setattr(study, "Popen", InProcess)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +61,14 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     folders = folder / "runs", folder / "results"
     with pytest.MonkeyPatch.context() as patch:
-        study(patch, folders)
+        patch.setattr(study, "Popen", InProcess)
+        call(patch, study, *arguments(folders))
     return folders
 
 
-def study(monkeypatch, folders, *args):
+def arguments(folders, *args):
     where = ("--out", folders[0], "--results", folders[1], "--device", "cpu")
-    call(monkeypatch, "study", "--seeds", 2, "--only", "stage-1", "looprpt", *where, *args)
+    return ("run", "--seeds", 2, "--only", "stage-1", "looprpt", *where, *args)
 
 
 def files(folder):
@@ -61,7 +84,7 @@ def test_a_study_leaves_a_file_for_each_run_and_one_of_differences(done):
     assert found["command"].startswith("python looprpt.py --objective rpt --init ")
     assert len(found["buckets"]["all"]["by_loop"]) == 3
     assert [now["step"] for now in found["training"]] == [1, 2, 3, 4]
-    assert found["commit"] == eval.git("rev-parse", "HEAD")
+    assert found["commit"] == study.runtime.git("rev-parse", "HEAD")
     pairs = json.loads((results / "against.json").read_text())["against"]["all"]
     assert pairs.keys() == {
         f"{a} - {b}" for a, b in
@@ -82,11 +105,11 @@ def test_all_variants_of_a_seed_start_from_its_base_and_see_the_same_rows(done):
     assert sizes[0] == sizes[2] == sizes[4], "one seed's tokens are sorted by its base, for all variants"
     base = json.loads((results / "base-0.json").read_text())["buckets"]["all"]
     again = eval.score(
-        model.load(runs / "seed-0" / "base" / "base"),
+        checkpoint.load(runs / "seed-0" / "base" / "base"),
         data.source(None, data.DataConfig(operands=3, val_rows=1000), batch=64, seed="study", held_out=True),
         device=torch.device("cpu"),
     )
-    assert base["by_loop"] == pytest.approx(eval.summary(again, eval.buckets(again)["all"])["by_loop"], rel=1e-4)
+    assert base["by_loop"] == pytest.approx(eval.summarize(again, eval.buckets(again)["all"])["by_loop"], rel=1e-4)
 
 
 def test_the_differences_are_those_of_the_accuracies_averaged_over_the_seeds(done):
@@ -103,59 +126,110 @@ def test_what_is_there_is_not_done_again(done, monkeypatch):
     results = done[1]
     times = {path: path.stat().st_mtime_ns for path in files(results) if path.name != "against.json"}
     (results / "stage-1-1.json").unlink()
-    monkeypatch.setattr(looprpt, "train", lambda *_, **__: pytest.fail("trained again"))
-    study(monkeypatch, done)
-    for path, time in times.items():
-        assert (path.stat().st_mtime_ns == time) == (path.name != "stage-1-1.json")
+    monkeypatch.setattr(study, "Popen", lambda *_: pytest.fail("trained again"))
+    call(monkeypatch, study, *arguments(done))
+    for path, time_written in times.items():
+        assert (path.stat().st_mtime_ns == time_written) == (path.name != "stage-1-1.json")
 
 
-def test_a_study_that_was_cut_off_goes_on(tmp_path, monkeypatch):
-    """The third run gets its stop signal after two steps; the study ends, and the next call ends up where one without
-    a stop does."""
-    folders, whole = (tmp_path / "runs", tmp_path / "results"), (tmp_path / "whole", tmp_path / "whole-results")
-    train = looprpt.train
+WAITING = """
+import sys, time
+sys.path.insert(0, {root!r})
+import looprpt
+train = looprpt.train
+def waiting(run, *args, stopping, **how):
+    def until_asked():
+        deadline = time.monotonic() + 30
+        while run.step == 1 and not stopping() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return stopping()
+    train(run, *args, stopping=until_asked, **how)
+looprpt.train = waiting
+looprpt.main()
+"""
 
-    def stopping(run, config, rows, **how):
-        if config.folder.name == "looprpt":
-            how["stopping"] = lambda: run.step >= 1
-        return train(run, config, rows, **how)
 
+def test_a_study_that_is_stopped_stops_its_run_and_goes_on_where_it_was(done, tmp_path, monkeypatch, capfd):
+    """The run of looprpt waits in its second step for the signal that the study gets, and the study ends; the next call
+    ends up where one without a stop does."""
+    folders = tmp_path / "runs", tmp_path / "results"
+    shutil.copytree(done[0], folders[0])
+    shutil.copytree(done[1], folders[1])
+    shutil.rmtree(folders[0] / "seed-0" / "looprpt")
+    for path in (folders[1] / "looprpt-0.json", folders[1] / "against.json"):
+        path.unlink()
+    log = folders[0] / "seed-0" / "looprpt" / "log.jsonl"
+
+    def stop():
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING.format(root=str(ROOT)))
     with monkeypatch.context() as patch:
-        patch.setattr(looprpt, "train", stopping)
-        study(patch, folders)
+        patch.setattr(looprpt, "__file__", str(script))
+        threading.Thread(target=stop, daemon=True).start()
+        call(patch, study, *arguments(folders))
+    shown = capfd.readouterr().out
+    assert "stopped by SIGTERM" in shown
+    assert shown.splitlines()[-1] == "stopped: the same command goes on"
     assert not (folders[1] / "looprpt-0.json").exists()
-    assert (folders[0] / "seed-0" / "looprpt" / "state").exists()
-    study(monkeypatch, folders)
-    study(monkeypatch, whole)
-    for name in ("looprpt-0", "stage-1-1"):
-        a, b = (json.loads((results / f"{name}.json").read_text()) for results in (folders[1], whole[1]))
-        assert (a["buckets"], a["training"]) == (b["buckets"], b["training"])
+    assert not (folders[1] / "against.json").exists()
+    assert [path.name for path in (folders[0] / "seed-0" / "looprpt" / "state").iterdir()] == ["rpt-000002"]
+    call(monkeypatch, study, *arguments(folders))
+    assert "rpt goes on after step 2" in capfd.readouterr().out
+    a, b = (json.loads((results / "looprpt-0.json").read_text()) for results in (folders[1], done[1]))
+    assert (a["buckets"], a["training"]) == (b["buckets"], b["training"])
+
+
+def test_a_run_that_fails_ends_the_study_in_a_sentence(tmp_path, monkeypatch, capfd):
+    script = tmp_path / "failing.py"
+    script.write_text("import sys; sys.exit('error: no room')")
+    monkeypatch.setattr(looprpt, "__file__", str(script))
+    message = refused(monkeypatch, study, *arguments((tmp_path / "runs", tmp_path / "results")))
+    assert message.startswith("training base, seed 0, ended with exit status 1: mend what looprpt.py says above")
+    assert "error: no room" in capfd.readouterr().err
 
 
 def test_a_run_with_other_flags_is_not_taken_for_one_of_these(done, monkeypatch):
-    monkeypatch.setitem(eval.TRACKS, "demo", f"{TINY} {STEPS} --rpt.lambda-base 0.5 --gate.steps 9")
-    with pytest.raises(
-        UserError, match=r"stage-1|looprpt was trained with --rpt.lambda-base 0.05 for 0.5: move it away"
-    ):
-        study(monkeypatch, done)
+    """Flags of a stage that a run lacks don't matter, nor does the precision, which the machine decides."""
+    runs = done[0]
+    monkeypatch.setitem(study.TRACKS, "demo", f"{TINY} {STEPS} --rpt.floor 0.5 --gate.steps 9 --precision bf16")
+    message = refused(monkeypatch, study, *arguments(done))
+    changed = "--rpt.floor 0.0 instead of 0.5"
+    assert message == f"{runs / 'seed-0' / 'stage-1'} was trained with {changed}: move it away, or give another --out"
+    changed = "--data.operands 3 instead of 4, --model.width 16 instead of 32, --train.batch 8 instead of 9"
+    other = TINY.replace("operands 3", "operands 4").replace("width 16", "width 32").replace("batch 8", "batch 9")
+    monkeypatch.setitem(study.TRACKS, "demo", f"{other} {STEPS}")
+    message = refused(monkeypatch, study, *arguments(done))
+    base = runs / "seed-0" / "base"
+    for part in (f"{base} was trained with ", *changed.split(", ")):
+        assert part in message
 
 
 def test_differences_are_of_all_seeds_that_both_have_whatever_the_last_call_was_for(done, monkeypatch):
+    monkeypatch.setattr(study, "Popen", lambda *_: pytest.fail("trained again"))
     where = ("--out", done[0], "--results", done[1], "--device", "cpu")
-    call(monkeypatch, "study", "--start", 1, "--seeds", 1, "--only", "stage-1", *where)
+    call(monkeypatch, study, "run", "--start", 1, "--seeds", 1, "--only", "stage-1", *where)
     found = json.loads((done[1] / "against.json").read_text())["against"]["all"]
     assert found["looprpt - stage-1"]["seeds"] == [0, 1]
 
 
 def test_a_table_takes_the_same_seeds_of_every_variant(done, monkeypatch):
     some = [path for path in files(done[1]) if path.name != "looprpt-1.json"]
-    with pytest.raises(UserError, match=r"looprpt has the seeds \[0\], base has \[0, 1\]"):
-        call(monkeypatch, "table", *some)
-    with pytest.raises(UserError, match="base has the seeds"):
-        call(monkeypatch, "table", *files(done[1]), done[1] / "base-0.json")
-    for program in ("table", "plot"):
-        with pytest.raises(UserError, match=r"base-0\.json has no bucket best: it has all, easy"):
-            call(monkeypatch, program, *files(done[1]), "--bucket", "best")
+    assert "looprpt has the seeds [0], base has [0, 1]" in refused(monkeypatch, study, "table", *some)
+    twice = refused(monkeypatch, study, "table", *files(done[1]), done[1] / "base-0.json")
+    assert twice.startswith("base has the seeds [0, 0, 1]")
+    for command in ("table", "plot"):
+        message = refused(monkeypatch, study, command, *files(done[1]), "--bucket", "best")
+        assert "base-0.json has no bucket best: it has all, easy" in message
+
+
+def test_a_table_takes_the_files_of_one_track(done, monkeypatch):
+    for other in ("base-0.json", "against.json"):
+        message = refused(monkeypatch, study, "table", *files(done[1]), ROOT / "results" / "text" / other)
+        assert message == "the files are of demo and text: give the files of one folder, results/demo/*.json"
 
 
 def test_a_bucket_without_tokens_is_no_end_of_a_study(done, tmp_path, monkeypatch, capsys):
@@ -167,49 +241,74 @@ def test_a_bucket_without_tokens_is_no_end_of_a_study(done, tmp_path, monkeypatc
             empty["sweep"][0] |= {"accuracy": None, "loops": None}
             found["buckets"]["hard"] = empty
         (tmp_path / path.name).write_text(json.dumps(found))
-    call(monkeypatch, "table", *files(tmp_path), "--bucket", "hard")
+    call(monkeypatch, study, "table", *files(tmp_path), "--bucket", "hard")
     assert "| base | – | – | – | – | – | – |" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--bucket hard has no curves"):
-        call(monkeypatch, "plot", *files(tmp_path), "--bucket", "hard", "--out", tmp_path / "assets")
+    message = refused(monkeypatch, study, "plot", *files(tmp_path), "--bucket", "hard", "--out", tmp_path / "assets")
+    assert "has no curves in --bucket hard" in message
 
 
-def test_text_is_trained_on_some_files_and_reported_on_another(tmp_path, monkeypatch):
+def test_text_is_trained_on_some_files_and_reported_on_another(tmp_path, monkeypatch, in_process):
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in ("gsm8k_train", "omni_train", "gsm8k_test_1019"):
         lines = [{"question": f"{name} {i}?", "answer": f"It is {i} times {name}."} for i in range(40)]
         (texts / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json --model.width 16 --model.heads 2 "
-    monkeypatch.setitem(eval.TRACKS, "text", f"{flags} --train.batch 4 {STEPS}")
+    monkeypatch.setitem(study.TRACKS, "text", f"{flags} --train.batch 4 {STEPS}")
     folders = tmp_path / "runs", tmp_path / "results"
-    where = ("--out", folders[0], "--results", folders[1], "--device", "cpu")
+    where = ("--track", "text", "--texts", texts, "--out", folders[0], "--results", folders[1], "--device", "cpu")
     (texts / "omni_train.jsonl").rename(texts / "elsewhere")
-    with pytest.raises(UserError, match=r"omni_train\.jsonl is not a file"):
-        call(monkeypatch, "study", "--track", "text", "--texts", texts, *where)
+    assert "omni_train.jsonl is not a file" in refused(monkeypatch, study, "run", *where)
     (texts / "elsewhere").rename(texts / "omni_train.jsonl")
-    call(monkeypatch, "study", "--track", "text", "--texts", texts, "--seeds", 1, "--only", "stage-2", *where)
+    call(monkeypatch, study, "run", "--seeds", 1, "--only", "stage-2", *where)
     train, test = ((folders[0] / f"{name}.jsonl").read_text() for name in ("train", "test"))
     assert len(train.splitlines()) == 40
     assert len((folders[0] / "words.jsonl").read_text().splitlines()) == 80
     assert "gsm8k_test_1019" not in train
     assert len(test.splitlines()) == 40
     found = json.loads((folders[1] / "stage-2-0.json").read_text())
-    tokenizer = data.load_tokenizer(str(folders[0] / "tokenizer.json"))
+    tokenizer = text.load_tokenizer(str(folders[0] / "tokenizer.json"))
     rows, _ = data.encode(folders[0] / "test.jsonl", tokenizer, data.DataConfig())
     assert found["buckets"]["all"]["tokens"] == sum(len(row.ids) - row.prompt for row in rows)
     assert folders[0].name in found["command"]
+    assert f"--precision {study.fast_precision()}" in found["command"]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("track", eval.TRACKS)
-def test_every_command_of_every_track_is_one_that_looprpt_takes(track, name):
-    flags = eval.command(eval.StudyConfig(track=track), Path("out"), 0, name)
-    at = flags.index("--init") if "--init" in flags else None
-    config = looprpt.parse(flags[:at] + flags[at + 2 :] if at else flags)
-    assert config.objective == (VARIANTS[name][0],)
-    if at:
-        config = looprpt.replace(config, init=Path(flags[at + 1]))
-    config.check()
+def test_the_precision_of_text_is_the_one_that_multiplies_faster(monkeypatch):
+    for fast, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        seconds = lambda product, dtype=dtype, **_: [3.0, 1.0 if product().dtype == dtype else 2.0]  # noqa: E731
+        monkeypatch.setattr(study.timeit, "repeat", seconds)
+        study.fast_precision.cache_clear()
+        assert study.fast_precision() == fast
+        for track in study.TRACKS:
+            flags = study.command(study.StudyConfig(track=track, device="cpu"), Path("out"), 0, "base")
+            assert ("--precision" in flags) == (track == "text")
+    study.fast_precision.cache_clear()
+
+
+@pytest.mark.parametrize("track", study.TRACKS)
+def test_every_command_of_every_track_is_one_that_looprpt_takes(track, monkeypatch):
+    config = study.StudyConfig(track=track)
+    base = looprpt.parse(study.command(config, Path("out"), 0, "base"))
+    assert (base.objective, base.init) == (("pretrain",), None)
+    monkeypatch.setattr(looprpt.checkpoint, "load_config", lambda folder: base.model.resolved())
+    for name in VARIANTS.keys() - {"base"}:
+        asked = looprpt.parse(study.command(config, Path("out"), 0, name))
+        assert (asked.objective, asked.init) == ((VARIANTS[name][0],), Path("out/seed-0/base/base"))
+
+
+def test_the_controls_are_special_cases_of_the_representation_loss():
+    """Next-token training is the last loop's likelihood alone; Stage I weighs each loop as often as it is the exit."""
+    rpt = {
+        name: looprpt.parse([flag for flag in flags.split() if flag]).rpt
+        for name, (stage, _, flags) in VARIANTS.items()
+        if stage == "rpt"
+    }
+    last = {name for name, config in rpt.items() if config.floor == 1}
+    exits = {name for name, config in rpt.items() if config.rep_bonus == 0}
+    assert (last, exits) == ({"next-token", "next-token-hard"}, {"stage-1", "stage-1-hard"})
+    for name in exits:
+        assert (rpt[name].floor, rpt[name].lambda_base, rpt[name].ent_weight) == (0, 0, 0.1)
 
 
 def test_the_published_values_are_one_flag(tmp_path):
@@ -220,7 +319,7 @@ def test_the_published_values_are_one_flag(tmp_path):
 
 
 def test_a_table_has_the_mean_and_the_spread_over_the_seeds(done, monkeypatch, capsys):
-    call(monkeypatch, "table", *files(done[1]))
+    call(monkeypatch, study, "table", *files(done[1]))
     out = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     assert [line[0] for line in lines[2:]] == ["base", "stage-1", "looprpt"]
@@ -236,25 +335,27 @@ def test_a_table_has_the_mean_and_the_spread_over_the_seeds(done, monkeypatch, c
     assert lines[2][7] == f"{mean:+.2f} ± {abs(a - b) / 2**0.5:.2f} [{low:+.2f}, {high:+.2f}]"
     assert f"Seeds 0, 1; {parts[0]['tokens']:,} / {parts[1]['tokens']:,} tokens (all)" in out
     (done[1] / "against.json").rename(done[1] / "elsewhere")
-    call(monkeypatch, "table", *files(done[1]))
+    call(monkeypatch, study, "table", *files(done[1]))
     (done[1] / "elsewhere").rename(done[1] / "against.json")
     assert len(re.findall(r"[|] – [|]$", capsys.readouterr().out, re.MULTILINE)) == 2, "not compared"
-    call(monkeypatch, "table", *files(done[1]), "--only", "looprpt", "--bucket", "hard")
+    call(monkeypatch, study, "table", *files(done[1]), "--only", "looprpt", "--bucket", "hard")
     assert len(re.findall("^[|]", capsys.readouterr().out, re.MULTILINE)) == 3
 
 
 def test_a_table_of_what_each_exit_rule_makes_of_a_number_of_loops(done, monkeypatch, capsys):
-    call(monkeypatch, "table", *files(done[1]), "--at-loops", 1, 3, "--only", "base", "looprpt")
+    call(monkeypatch, study, "table", *files(done[1]), "--at-loops", 1, 3, "--only", "base", "looprpt")
     out = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
     assert lines[0] == ["", "leaves by", "at 1", "at 3"]
-    assert [line[:2] for line in lines[2:]] == [[n, r] for n in ("base", "looprpt") for r in (*eval.RULES, "random")]
+    assert [line[:2] for line in lines[2:]] == [
+        [n, r] for n in ("base", "looprpt") for r in (*eval.EXIT_RULES, "random")
+    ]
     parts = [json.loads((done[1] / f"looprpt-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
     for column, loop in ((2, 0), (3, 2)):  # a curve begins and ends with all tokens at one loop
         a, b = (100 * part["by_loop"][loop] for part in parts)
         assert {line[column] for line in lines[8:]} == {f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f}"}
     assert f"Seeds 0, 1; {parts[0]['tokens']:,} / {parts[1]['tokens']:,} tokens (all); trained at" in out
-    call(monkeypatch, "table", *files(done[1]), "--at-loops", 2, "--rules", "gate")
+    call(monkeypatch, study, "table", *files(done[1]), "--at-loops", 2, "--rules", "gate")
     assert len(capsys.readouterr().out.splitlines()) == 7
 
 
@@ -264,7 +365,7 @@ def test_each_seeds_curve_is_read_for_itself(done, monkeypatch, capsys, tmp_path
         found = json.loads((done[1] / f"base-{seed}.json").read_text())
         found["buckets"]["all"]["curves"]["gate"] = curve
         (tmp_path / f"base-{seed}.json").write_text(json.dumps(found))
-    call(monkeypatch, "table", *files(tmp_path), "--at-loops", 1.25, 2.75, "--rules", "gate")
+    call(monkeypatch, study, "table", *files(tmp_path), "--at-loops", 1.25, 2.75, "--rules", "gate")
     assert "| base | gate | 40.0 ± 0.0 | 60.0 ± 0.0 |" in capsys.readouterr().out
 
 
@@ -275,34 +376,68 @@ def test_what_has_no_curves_is_refused_in_words(done, monkeypatch, tmp_path):
             del found["buckets"]["all"]["curves"]
         (tmp_path / path.name).write_text(json.dumps(found))
     for args in (["table", *files(tmp_path), "--at-loops", 2], ["plot", *files(tmp_path), "--out", tmp_path / "a"]):
-        with pytest.raises(UserError, match="--bucket all has no curves in these runs"):
-            call(monkeypatch, *args)
-        with pytest.raises(UserError, match="--bucket depth_1 has no curves"):
-            call(monkeypatch, *args, "--bucket", "depth_1")
+        assert "looprpt-1.json has no curves in --bucket all" in refused(monkeypatch, study, *args)
+        message = refused(monkeypatch, study, *args, "--bucket", "depth_1")
+        assert "base-0.json has no curves in --bucket depth_1: give all, easy, medium or hard" in message
 
 
-def test_pictures_of_a_study(done, monkeypatch, tmp_path):
-    call(monkeypatch, "plot", *files(done[1]), "--out", tmp_path / "assets")
-    pictures = {path.name: path.stat().st_size for path in (tmp_path / "assets").iterdir()}
-    assert pictures.keys() == {f"demo-{name}.png" for name in ("pareto", "by-loop", "exits", "training")}
-    assert min(pictures.values()) > 10_000
+def test_pictures_hold_a_curve_for_each_variant(done, monkeypatch, tmp_path):
+    figures, names = {}, ["base", "stage-1", "looprpt"]
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **_: figures.update({path: figure}))
+    call(monkeypatch, study, "plot", *files(done[1]), "--out", tmp_path / "assets")
+    assert [path.name for path in figures] == ["demo-pareto.png", "demo-exits.png"]
+    (left, right), (exits,) = (figure.axes for figure in figures.values())
+    for axes, label in ((left, "average loops"), (right, "average loops"), (exits, "loop")):
+        assert axes.get_xlabel().startswith(label)
+    assert left.get_ylabel() == "accuracy in %, all tokens"
+    assert exits.get_ylabel() == "tokens that exit after it, in %, threshold 0.5"
+    for axes in (right, exits):
+        assert [label.get_text() for label in axes.get_legend().get_texts()] == names
+
+    def mean(name, points):
+        scores = [json.loads((done[1] / f"{name}-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
+        return torch.tensor([points(s) for s in scores]).mean(0).flatten().tolist()
+
+    half = [mean(name, study.at_threshold_half) for name in names]
+    for axes in (left, right, exits):
+        lines = {line.get_label(): line for line in axes.lines}
+        assert len({(lines[name].get_color(), lines[name].get_marker()) for name in names}) == 3
+        for name in names:
+            points = [x for point in lines[name].get_xydata().tolist() for x in (point[0], point[1] / 100)]
+            if axes is exits:
+                drawn = mean(name, lambda s: [(i, e["share"]) for i, e in enumerate(s["exits"], 1)])
+            else:
+                drawn = mean(name, lambda s: s["curves"]["gate"])
+            assert points == pytest.approx(drawn, rel=1e-5)
+        if axes is not exits:
+            marks = [line.get_xydata()[0].tolist() for line in axes.lines if len(line.get_xydata()) == 1]
+            assert marks == [pytest.approx([loops, 100 * accuracy]) for loops, accuracy in half]
+    for (loops, accuracy), (low, high), (bottom, top) in ((h, right.get_xlim(), right.get_ylim()) for h in half):
+        assert low < loops < high
+        assert bottom < 100 * accuracy < top
+
+
+def test_a_picture_is_written(monkeypatch, tmp_path):
+    call(monkeypatch, study, "plot", *(ROOT / path for path in DEMO), "--out", tmp_path / "assets")
+    assert sorted(path.name for path in (tmp_path / "assets").iterdir()) == ["demo-exits.png", "demo-pareto.png"]
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["study", "--seeds", "0"], "below 1"),
-        (["study", "--only", "best"], "no such variant, the variants are base"),
-        (["table", *DEMO, "--only", "best"], "--only best: these runs have base, looprpt"),
-        (["table", *DEMO, "--at-loops", "2", "--rules", "best"], "--rules best: these runs have gate, confidence"),
+        (["run", "--seeds", "0"], "--seeds 0 is out of its range: give a number 1 or more"),
+        (["run", "--start", "-1"], "--start -1 is out of its range: give a number 0 or more"),
+        (["run", "--only", "best"], "--only best: unknown, there are base"),
+        (["table", *DEMO, "--only", "best"], "--only best: unknown, there are base, looprpt"),
+        (["table", *DEMO, "--at-loops", "2", "--rules", "best"], "--rules best: unknown, there are gate, confidence"),
         (["table", *DEMO, "--rules", "gate"], "give --at-loops too"),
         (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),
-        (["table"], "no run's file among those given: give the files of one folder"),
-        (["table", "results/bench.json"], "no result of `eval.py study`"),
-        (["plot", "nowhere.json"], "nowhere.json"),
+        (["table"], "no run's file was given: give the files of one folder"),
+        (["table", "results/bench.json"], "no result file of `python -m lab.study run`"),
+        (["plot", "nowhere.json"], "nowhere.json is no result file"),
+        (["plot", "results/demo/no-kl-0.json"], "nothing to draw: it takes runs of base"),
     ],
 )
 def test_refusals(monkeypatch, args, message):
-    monkeypatch.chdir(Path(eval.__file__).parent)
-    with pytest.raises((UserError, SystemExit), match=message):
-        call(monkeypatch, *args)
+    monkeypatch.chdir(ROOT)
+    assert message in refused(monkeypatch, study, *args)

@@ -1,0 +1,140 @@
+"""Processes: one, or as many as torchrun starts, by FSDP2. On one process nothing here changes anything."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from support.runtime import UserError, pick_device
+
+
+def rank_and_world() -> tuple[int, int]:
+    """Which of how many processes this one is, by the group if there is one, else by what torchrun says."""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_device(name: str) -> torch.device:
+    """The device asked for; of several GPUs, this process's own. Raises UserError if it isn't there."""
+    device = pick_device(name)
+    if device.type == "cuda" and rank_and_world()[1] > 1:
+        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(device: torch.device, timeout: int, resumes_from: Callable[[], object]) -> Iterator[None]:
+    """Join the other processes, if there are any. Raises UserError if one is gone, or for an error of the system.
+
+    timeout       seconds to wait for another process
+    resumes_from  what --resume would go on from
+    """
+    several = rank_and_world()[1] > 1
+    try:
+        if several:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        yield
+    except OSError as error:
+        problem = f"the run can't go on ({error}): mend that, or make room"
+        raise UserError(f"{problem}; --resume goes on from {resumes_from()}") from error
+    except RuntimeError as error:
+        if not (several and is_process_failure(error)):
+            raise
+        problem = f"another process is gone ({str(error).splitlines()[0][:200]})"
+        raise UserError(f"{problem}: --resume goes on from {resumes_from()}") from error
+    if several:
+        dist.destroy_process_group()
+
+
+def is_writer() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def local_shard(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """x, summed over the processes in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def shard(net: nn.Module, kind: Literal["auto", "ddp", "fsdp"], device: torch.device) -> nn.Module:
+    """Over the processes: 'ddp' is a copy for each, 'fsdp' a shard for each of a machine's, a copy for each machine.
+
+    Gradients are summed, not averaged: a loss is divided by a count over all processes already. Parameters stay
+    gathered until `reshard`: the blocks run L times in each forward and backward pass, and letting go each time would
+    gather about four times as often.
+    """
+    if not dist.is_initialized():
+        return net
+    if kind == "auto":
+        size = 20 * sum(p.numel() for p in net.parameters())  # weights, gradient, two moments, teacher
+        small = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
+        tight = all_reduce_sum(torch.tensor(float(not small), device=device)).item()
+        kind = "fsdp" if tight else "ddp"  # the same on all
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    shards = 1 if kind == "ddp" else local if world % local == 0 else world
+    mesh = init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copies", "shards"))
+    for module in (*net.layers, net):
+        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+        module.set_reshard_after_backward(False)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    for name in ("logits", "gate"):
+        register_fsdp_forward_method(net, name)
+    return net
+
+
+def reshard(net: nn.Module | None) -> None:
+    """Let go of the gathered parameters, so that the optimiser and the teacher's average see the shards."""
+    for module in net.modules() if net else ():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def is_process_failure(error: RuntimeError) -> bool:
+    """Whether a collective failed, not we: torch's own class, or gloo's plain RuntimeError."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "Connection" in str(error)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """The names of the signals that asked for an end; a second one ends at once."""
+    asked: list[str] = []
+    since: list[float] = []
+
+    def note(number: int, frame) -> None:
+        asked[:] = [signal.Signals(number).name]
+        since.append(time.monotonic())
+        if since[-1] - since[0] > 1:  # sooner, it is a launcher's echo of the first
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
