@@ -34,9 +34,7 @@ class Batch(NamedTuple):
 
 def trim_and_move(batch: Batch, device: torch.device) -> Batch:
     """The batch on a device, without the columns after the last target token: nothing reads them.
-
-    A batch without a target token becomes two tokens that are none: other processes may wait for this one's passes.
-    """
+    A batch without a target token becomes two tokens that are none: other processes may wait for this one's passes."""
     if not batch.mask.any():
         idle = torch.zeros(1, 2, dtype=torch.long, device=device)
         return Batch(idle, idle, torch.zeros(1, 2, dtype=torch.bool))
@@ -146,10 +144,8 @@ Rows = list[Row] | None  # None: the built-in task
 
 def encode(path: Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Row], list[str]]:
     """Rows of at most length + 1 tokens, and sentences on what was cut or left out.
-
     Prompt and response are tokenized apart, so the boundary is exact, and text never yields a special token.
-    Raises UserError for what `read_documents` refuses, a tokenizer that can't end a text, and a file without a target.
-    """
+    Raises UserError for what `read_documents` refuses, a tokenizer that can't end a text, and a file without target."""
     pairs, most = text.read_documents(path, config.prompt_key, config.response_key), config.length + 1
     eos = text.eos_id(tokenizer)
     if is_chain(tokenizer) or eos is None:
@@ -179,9 +175,7 @@ def encode(path: Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[R
 
 class Documents:
     """One document per row; rows of like length share a batch; each document once per epoch, in an order from the seed.
-
-    batch  rows in a global batch, at most (the batches of an epoch are of nearly equal size)
-    """
+    batch  rows in a global batch, at most (the batches of an epoch are of nearly equal size)"""
 
     pool = 64  # batches whose documents are sorted by length together
 
@@ -253,9 +247,7 @@ def split(config: DataConfig, tokenizer: Tokenizer, *, seed: int, world: int = 1
 
 def pick_tokenizer(config: DataConfig, checkpoint: Path | None) -> Tokenizer:
     """The one asked for, else the checkpoint's own, else the built-in task's or the bytes.
-
-    Raises UserError for what `text.pick_tokenizer` refuses, and a checkpoint trained on text while no text is given.
-    """
+    Raises UserError for what `text.pick_tokenizer` refuses, and a checkpoint trained on text while no text is given."""
     built_in = text.byte_tokenizer() if config.path else chain_tokenizer()
     tokenizer = text.pick_tokenizer(config.tokenizer, checkpoint, built_in)
     if config.path is None and not is_chain(tokenizer):

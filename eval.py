@@ -7,16 +7,13 @@ A token counts as right if its logit is the largest. Tokens are sorted into buck
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import tyro
-from einops import repeat
 from torch import Tensor
 
 import data
@@ -34,8 +31,6 @@ SATURATION_LOGIT = 6.2  # a gate's logit beyond which its sigmoid rounds to 0 or
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Compare checkpoints on the same held-out tokens, after every loop and at every exit threshold."""
-
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]  # checkpoint folders; the first one makes the buckets
     data: DataConfig
     out: Path | None = None  # where to write results.json
@@ -43,7 +38,6 @@ class EvalConfig:
     seed: int = 0  # seed of the rows of the built-in task
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
-    compile: bool = False  # the layers, by torch.compile
 
     def check(self) -> None:
         """Raise UserError for values that are out of their range or don't go together."""
@@ -81,7 +75,7 @@ def score(
         with runtime.autocast(device, precision):
             out, targets_at = net(batch.inputs), runtime.true_indices(batch.mask, device)  # N
             tokens = pick(targets_at, out.hidden, batch.targets, out.gate)  # N L D, N, N L
-            scores = chunked(partial(score_tokens, net), *tokens, logits_per_token=words)
+            scores = chunked(lambda *part: score_tokens(net, *part), *tokens, logits_per_token=words)
         row, column = batch.mask.nonzero(as_tuple=True)  # N
         depth = () if source.depth is None else (source.depth[column],)
         parts.append((*scores, documents + row, *depth))
@@ -95,7 +89,7 @@ def score_tokens(net: LoopedTransformer, hidden: Tensor, targets: Tensor, gate: 
     correct = logits.argmax(-1) == targets[:, None]
     logits -= logits.logsumexp(-1, keepdim=True)  # log-probabilities, in place
     p = logits.exp()
-    gold = logits.gather(-1, repeat(targets, "n -> n l 1", l=logits.shape[1]))[..., 0]
+    gold = logits.gather(-1, targets[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]  # N L
     entropy = -(p * logits).sum(-1)
     kl_step = -entropy[:, 1:] - (p[:, 1:] * logits[:, :-1]).sum(-1)
     states = hidden.float()
@@ -116,7 +110,6 @@ def buckets(first: Scores) -> dict[str, Tensor]:
 
 # Exit rules: each gives every loop of a token a number, and a token leaves after the first loop whose number reaches a
 # threshold, or after the last
-
 EXIT_RULES = {
     "gate": lambda s: exit_cdf(s.gate),  # cumulative exit probability
     "confidence": lambda s: s.max_logp,  # probability of the likeliest token
@@ -148,18 +141,14 @@ def mean_loop(logpi: Tensor) -> Tensor:
 
 def exit_stats(gate: Tensor, count: float) -> dict[str, Tensor]:
     """Mean loop, entropy, share of gates too sure for a gradient in bfloat16: sums over the tokens (N L) / count."""
-    gate = gate.detach()
-    logpi = exit_logpdf(gate)
+    logpi = exit_logpdf(gate.detach())
     saturated = (gate[:, :-1].abs() > SATURATION_LOGIT).double().mean(-1)  # N
     means = {"loops": mean_loop(logpi), "entropy": -(logpi.exp() * logpi).sum(-1), "saturation": saturated}
     return {name: value.sum() / count for name, value in means.items()}
 
 
-# Sums over documents, of which everything that is reported is a ratio; documents are what the bootstrap draws
-
-
 class Tally(NamedTuple):
-    """Sums over the tokens of a document, or of all. D documents, K thresholds."""
+    """Sums over the tokens of D documents, which the bootstrap draws, at K thresholds. Reported are their ratios."""
 
     tokens: Tensor  # D
     correct: Tensor  # D L  after each loop
@@ -187,9 +176,9 @@ class Tally(NamedTuple):
     def curve(self, rule: str) -> tuple[Tensor, Tensor]:
         """Average loops and accuracy over the thresholds, from the first loop for all to the last.    -> D K+2 twice"""
         accuracy, loops = (self.rules[:, [*EXIT_RULES].index(rule)] / self.tokens[:, None, None]).unbind(-1)  # D K
-        by_loop = self.by_loop()
-        loops = F.pad(F.pad(loops, (1, 0), value=1), (0, 1), value=by_loop.shape[1])
-        return loops, torch.cat((by_loop[:, :1], accuracy, by_loop[:, -1:]), -1)
+        ends = self.by_loop()[:, [0, -1]]  # D 2
+        first, last = torch.ones_like(loops[:, :1]), torch.full_like(loops[:, :1], self.correct.shape[1])
+        return torch.cat((first, loops, last), -1), torch.cat((ends[:, :1], accuracy, ends[:, 1:]), -1)
 
 
 def tally(s: Scores, tokens: Tensor) -> Tally:
@@ -211,7 +200,7 @@ def tally(s: Scores, tokens: Tensor) -> Tally:
 
 def summarize(s: Scores, tokens: Tensor) -> dict:
     """Accuracy (0 to 1) and log-loss after each loop, what each exit rule makes of them, and how the gate's exits at
-    threshold 0.5 are spread and what they are worth; null if there is no token."""
+    threshold 0.5 are spread and what they are worth; null if there is no token. An oracle leaves where first right."""
     n, loops = int(tokens.sum()), s.correct.shape[1]
     if not n:
         sweep = [{"threshold": t, "accuracy": None, "loops": None} for t in THRESHOLDS]
@@ -221,16 +210,16 @@ def summarize(s: Scores, tokens: Tensor) -> dict:
     curves = {name: torch.stack(total.curve(name), -1)[0] for name in EXIT_RULES}  # K+2 2
     swept = dict(zip(FINE, curves["gate"][1:-1].tolist(), strict=True))
     sweep = [{"threshold": t, "accuracy": swept[t][1], "loops": swept[t][0]} for t in THRESHOLDS]
+    # Exits that are spread over the loops as the gate's, but for any token
     points = torch.stack((torch.arange(1, loops + 1).double(), total.by_loop()[0]), -1)  # L 2
     shares = torch.stack([F.one_hot(exit_at(gate, t), loops).double().mean(0) for t in FINE])  # K L
-    curves["random"] = torch.cat((points[:1], shares @ points, points[-1:])).float()  # spread as the gate's, any token
+    curves["random"] = torch.cat((points[:1], shares @ points, points[-1:])).float()
     exits, leaves = [], exit_at(gate, 0.5)  # N
     for loop in range(loops):
         here = logp[leaves == loop]  # n L
         worth = {"gained": here[:, loop] - here[:, 0], "left": here[:, -1] - here[:, loop]}
         worth = {name: x.mean().item() if len(x) else None for name, x in worth.items()}
         exits.append({"share": len(here) / n} | worth)
-    right = correct.argmax(-1)  # the first loop that is right, or the first
     return {
         "tokens": n,
         "by_loop": total.by_loop()[0].tolist(),
@@ -238,7 +227,7 @@ def summarize(s: Scores, tokens: Tensor) -> dict:
         "sweep": sweep,
         "curves": {name: curve.tolist() for name, curve in curves.items()},
         "area": {name: area(curve) for name, curve in curves.items()} if loops > 1 else {},
-        "oracle": {"loops": (right + 1.0).mean().item(), "accuracy": correct.amax(-1).mean().item()},
+        "oracle": {"loops": (correct.argmax(-1) + 1.0).mean().item(), "accuracy": correct.amax(-1).mean().item()},
         "exits": exits,
     }
 
@@ -251,22 +240,17 @@ def area(curve: Tensor) -> float:
 
 def compare(pairs: list[tuple[Tally, Tally]], each: bool = False) -> dict:
     """The first of each pair less the second, averaged over the pairs (seeds), with 95 % intervals by a bootstrap that
-    draws documents, the same for all. The tallies are `bootstrapped` ones, of as many rounds.
-
-    by_loop  accuracy after each loop
-    at_half  accuracy where the gates leave at threshold 0.5; loops_at_half: their average loops there
-    peak     accuracy there less the second's after all loops
-    matched  accuracy there less that of the second's curve of each exit rule, at the first's number of loops
-    each     `matched gate` of each pair, where it is asked for
-    """
+    draws documents, the same for all. The tallies are `bootstrapped` ones, of as many rounds. `each` asks for the
+    "matched gate" of each pair too."""
     half, differences = FINE.index(0.5) + 1, []
     for a, b in pairs:
         if not torch.equal(a.tokens, b.tokens):
             raise UserError("two models were scored on different tokens: score them again, in one run")
         (loops, accuracy), (b_loops, b_accuracy) = ([x[:, half] for x in t.curve("gate")] for t in (a, b))
-        difference = {f"by_loop {i + 1}": x for i, x in enumerate((a.by_loop() - b.by_loop()).T)}
-        difference |= {"at_half": accuracy - b_accuracy, "loops_at_half": loops - b_loops}
-        difference["peak"] = accuracy - b.by_loop()[:, -1]
+        difference = {f"by_loop {i + 1}": x for i, x in enumerate((a.by_loop() - b.by_loop()).T)}  # accuracy
+        difference |= {"at_half": accuracy - b_accuracy, "loops_at_half": loops - b_loops}  # gates at threshold 0.5
+        difference["peak"] = accuracy - b.by_loop()[:, -1]  # the second after all loops
+        # The second on the curve of each of its exit rules, at the first's number of loops
         difference |= {f"matched {rule}": accuracy - interpolate(loops, *b.curve(rule)) for rule in EXIT_RULES}
         differences.append(difference)
     limits = torch.tensor([0.025, 0.975]).double()
@@ -283,7 +267,7 @@ def interpolate(x: Tensor, loops: Tensor, accuracy: Tensor) -> Tensor:
     return y0 + share * (y1 - y0)
 
 
-def results(scores: Mapping[str, Scores], *, device: torch.device, seed: int) -> dict:
+def results(scores: dict[str, Scores], *, device: torch.device, seed: int) -> dict:
     """What results.json holds. The buckets are those of the first model, and the others are compared with it."""
     first = next(iter(scores.values()))
     sets, loops = buckets(first), first.correct.shape[1]
@@ -321,22 +305,18 @@ def print_results(comparison: dict) -> None:
     print_table(f"accuracy in %, by {by}", [by, *heads], rows, left=2)
     rows = []
     for name, m in models.items():
-        if area := m["all"].get("area"):
-            oracle = m["all"]["oracle"]
-            rows.append([name, *cells([*area.values(), oracle["accuracy"]], oracle["loops"])])
+        if (s := m["all"]).get("area"):
+            rows.append([name, *cells([*s["area"].values(), s["oracle"]["accuracy"]], s["oracle"]["loops"])])
     if rows:
         title = "mean accuracy in % over all numbers of loops, by exit rule"
         print_table(title, ["model", *EXIT_RULES, "random", "oracle", "loops"], rows)
 
 
-def compare_folders(config: EvalConfig, folders: Mapping[str, Path], rows: Rows, device: torch.device) -> None:
+def compare_folders(config: EvalConfig, folders: dict[str, Path], rows: Rows, device: torch.device) -> None:
     """Score checkpoints, by name, on the same rows; print how they compare, and write it."""
     source, scores = data.source(rows, config.data, batch=config.batch, seed=config.seed, held_out=True), {}
     for name, folder in folders.items():
-        net = checkpoint.load(folder, device)
-        if config.compile:
-            net.compile()
-        scores[name] = score(net, source, device=device, precision=config.precision)
+        scores[name] = score(checkpoint.load(folder, device), source, device=device, precision=config.precision)
     comparison = results(scores, device=device, seed=config.seed)
     if config.out:
         checkpoint.write_json(config.out, comparison)

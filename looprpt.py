@@ -115,9 +115,7 @@ class RPTConfig:
     rep_weight: NonNegativeFloat = 1.0  # weight of the representation loss
     rep_bonus: NonNegativeFloat = 1.0  # in it, extra weight of the loops that pay (0: each as often as it is the exit)
     floor: Share = 0.3  # share of that loss which is the last loop's alone (the paper: 0; 1: next-token training)
-    distill_weight: NonNegativeFloat = (
-        0.3  # weight of the KL from the last loop, held constant, to the others (paper: 0)
-    )
+    distill_weight: NonNegativeFloat = 0.3  # weight of the KL from the last loop to the earlier ones (the paper: 0)
     ent_weight: NonNegativeFloat = 0.003  # weight of the entropy bonus (the paper: 0.01)
     kl_weight: NonNegativeFloat = 1e-4  # weight of the KL to the teacher
     gate_only: bool = False  # the backbone stays as it is
@@ -200,9 +198,7 @@ def loop_cost(entropy: Tensor, vocab: int, lambda_base: float, lambda_scale: flo
 
 def exit_reward(logp: Tensor, baseline: Tensor, cost: Tensor, ref_loop: Tensor) -> Tensor:
     """R(l): what leaving after loop l gains over the teacher, less its cost.    N L, N, N, N -> N L    (step 5)
-
-    A constant: no gradient passes.
-    """
+    A constant: no gradient passes."""
     late = torch.arange(logp.shape[-1], device=logp.device) - ref_loop[:, None]  # N L
     return (logp - baseline[:, None] - cost[:, None] * late).detach()
 
@@ -226,10 +222,8 @@ def sampled_policy_loss(rollout_logpi: Tensor, exits: Tensor, reward: Tensor) ->
 
 def exact_policy_loss(rollout_logpi: Tensor, reward: Tensor) -> Tensor:
     """The same gradient without the draw, and not divided by a deviation.    N G L, N L -> N
-
     Every reward is known, so -sum_l pi_g(l) A(l) with A(l) = R(l) - sum_j pi_g(j) R(j) has the gradient that the drawn
-    exits only estimate. Its value is always 0: read the reward, not this loss.
-    """
+    exits only estimate. Its value is always 0: read the reward, not this loss."""
     pi, reward = rollout_logpi.exp(), reward[:, None]  # N G L, N 1 L
     advantage = reward - (pi * reward).sum(-1, keepdim=True)  # N G L
     return -(pi * advantage.detach()).sum(-1).mean(-1)
@@ -237,19 +231,15 @@ def exact_policy_loss(rollout_logpi: Tensor, reward: Tensor) -> Tensor:
 
 def representation_loss(logp: Tensor, logpi: Tensor, reward: Tensor, bonus: float = 1.0, floor: float = 0.0) -> Tensor:
     """Likelihood of the gold token, weighted to the loops that pay.    N L, N L, N L -> N    (step 8)
-
     bonus  extra weight of those that pay (1: the paper; 0: each as often as it is the exit, Stage I)
-    floor  share of the loss that is the last loop's alone (0: the paper; 1: next-token training)
-    """
+    floor  share of the loss that is the last loop's alone (0: the paper; 1: next-token training)"""
     weights, last = logpi.exp() * (1 + bonus * standardized(reward).relu()), -logp[:, -1]  # N L, N
     return torch.lerp(-(weights.detach() * logp).sum(-1), last, floor)
 
 
 def distillation(logits: Tensor) -> Tensor:
     """KL(last loop || earlier loop) over the vocabulary, averaged over the earlier ones.    N L V -> N
-
-    The last loop is held constant: no gradient reaches it.
-    """
+    The last loop is held constant: no gradient reaches it."""
     logp = logits.log_softmax(-1)
     last = logp[:, -1:].detach()
     return (last.exp() * (last - logp[:, :-1])).sum(-1).mean(-1)
@@ -257,9 +247,7 @@ def distillation(logits: Tensor) -> Tensor:
 
 def k3_kl(logp: Tensor, teacher_logp: Tensor) -> Tensor:
     """K3 at the gold token, averaged over the loops.    N L, N L -> N    (step 10)
-
-    Not a true KL: once the student is better than the teacher, its gradient pulls the student back.
-    """
+    Not a true KL: once the student is better than the teacher, its gradient pulls the student back."""
     ratio = (teacher_logp.detach() - logp).clamp(-20, 20)  # N L  clamped first, so exp stays finite
     return (ratio.exp() - ratio - 1).mean(-1)
 
@@ -272,9 +260,7 @@ def stage1_loss(logp: Tensor, logpi: Tensor, beta: float) -> Tensor:
 
 def gate_loss(gate: Tensor, logp: Tensor) -> Tensor:
     """Whether to go on, learned from what the next loop gains.    N L, N L -> N    (Ouro, Stage II)
-
-    Gate l is labelled with the gain from loop l to l + 1: the paper's index, one lower, never trains the first gate.
-    """
+    Gate l is labelled with the gain from loop l to l + 1: the paper's index, one lower, never trains the first gate."""
     gain = (logp[:, 1:] - logp[:, :-1]).detach().relu()  # N L-1
     go_on = torch.sigmoid(50 * (gain - 0.005))  # N L-1
     return F.binary_cross_entropy_with_logits(-gate[:, :-1], go_on, reduction="none").mean(-1)
@@ -305,14 +291,11 @@ def last_entropy(net: LoopedTransformer, out: Output, mask: Tensor) -> Tensor:
 
 def noisy_gates(student: LoopedTransformer, clean: Output, cfg: RPTConfig, generator: torch.Generator | None) -> Tensor:
     """The gates on each rollout.    -> B T G L    (step 6)
-
-    Loop 1 gets no noise, so it is the clean pass's; the last loop's gate is never used, so no rollout runs that loop.
-    """
+    Loop 1 gets no noise, so it is the clean pass's; the last loop's gate is never used, so no rollout runs it."""
     gate = repeat(clean.gate[:, :, :1], "b t l -> (b g) t l", g=cfg.rollouts)
     if clean.gate.shape[-1] > 2:
         start = repeat(clean.hidden[:, :, 0], "b t d -> (b g) t d", g=cfg.rollouts)
-        loops = clean.gate.shape[-1] - 2
-        rollout = student(start, loops=loops, noise_std=cfg.noise_std, generator=generator)
+        rollout = student(start, loops=clean.gate.shape[-1] - 2, noise_std=cfg.noise_std, generator=generator)
         gate = torch.cat((gate, rollout.gate), -1)
     return rearrange(F.pad(gate, (0, 1)), "(b g) t l -> b t g l", g=cfg.rollouts)
 
@@ -362,11 +345,9 @@ def rpt_step(
     generator: torch.Generator | None = None,
 ) -> StepOutput:
     """One LoopRPT step, up to the backward pass (arXiv 2603.19714; the numbers are the steps of the README).
-
     teacher    gets no gradient; its average over the student's weights is the caller's (`ema_update`)
     counts     target and hard tokens over all processes and micro-batches (`count_tokens`)
-    generator  of the noise and of the drawn exits, on the batch's device
-    """
+    generator  of the noise and of the drawn exits, on the batch's device"""
     n_hard = int(hard_count(batch.mask, cfg.rho).sum())  # known here, so nothing waits for a GPU
     with torch.no_grad():
         # 1 Teacher pass: entropy of the last loop
@@ -423,12 +404,9 @@ def rpt_step(
 # Training
 
 
-def start_stage(
-    stage: Stage, student: LoopedTransformer, config: Config, *, teacher: LoopedTransformer | None = None
-) -> Run:
+def start_stage(stage: Stage, student: LoopedTransformer, config: Config, *, teacher=None) -> Run:
     """A stage at its first step, on as many processes as there are; the EMA teacher starts as a copy of the student."""
-    cfg = getattr(config, stage)
-    device = student.embed_tokens.weight.device
+    cfg, device = getattr(config, stage), student.embed_tokens.weight.device
     if stage == "rpt":
         teacher = (teacher or copy.deepcopy(student)).requires_grad_(False)
     gate_only = stage == "gate" or (stage == "rpt" and config.rpt.gate_only)
@@ -452,9 +430,8 @@ def count_tokens(batch: Batch, rho: float, device: torch.device) -> tuple[TokenC
 
 def ema_update(teacher: LoopedTransformer, student: LoopedTransformer, decay: float) -> None:
     """teacher <- decay teacher + (1 - decay) student    (step 11)"""
-    shards = ([*map(processes.local_shard, net.parameters())] for net in (teacher, student))
     with torch.no_grad():
-        torch._foreach_lerp_(*shards, 1 - decay)
+        torch._foreach_lerp_([*teacher.parameters()], [*student.parameters()], 1 - decay)
 
 
 def train(
@@ -467,12 +444,10 @@ def train(
     save: Callable[[Run], None] = lambda run: None,
 ) -> None:
     """Do a stage's steps from where the run is, in place.
-
     stopping  asked in every step whether to end after it; one process's yes ends all
     log       takes each step's numbers
     save      writes the run, every train.save_every steps and at the end
-    A step whose loss or gradient is not finite changes nothing. Raises UserError after train.max_bad_steps in a row.
-    """
+    A step whose loss or gradient is not finite changes nothing. Raises UserError after train.max_bad_steps in a row."""
     stage, cfg, (rank, world) = run.stage, getattr(config, run.stage), processes.rank_and_world()
     device = run.student.embed_tokens.weight.device
     order = f"{config.seed}/{'pretrain' if stage == 'pretrain' else 'rpt'}"  # gate and rpt see the same rows
@@ -536,10 +511,8 @@ def train(
 
         # Save, but never a run that is about to be given up
         if run.bad >= config.train.max_bad_steps:
-            raise UserError(
-                f"the loss or its gradient was not finite in {run.bad} steps in a row, up to {stage} step {run.step}: "
-                f"{run.saved}; try a smaller --{stage}.lr than {cfg.lr:g}"
-            )
+            problem = f"the loss or its gradient was not finite in {run.bad} steps in a row, up to {stage} step"
+            raise UserError(f"{problem} {run.step}: {run.saved}; try a smaller --{stage}.lr than {cfg.lr:g}")
         due = run.step % config.train.save_every == 0 and run.bad == 0
         if due or run.stopped or run.step == cfg.steps:
             save(run)
@@ -567,7 +540,7 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
 
             # Train
             save = partial(runs.save_run, folder=folder, objective=config.objective, keep=config.train.keep)
-            with runs.open_log(folder / "log.jsonl", run, done, steps, logger, state) as log:
+            with runs.open_log(folder / "log.jsonl", run, done, steps, logger) as log:
                 train(run, config, rows, stopping=stopping, log=log, save=save)
             if run.stopped and run.step < steps:
                 return None
@@ -581,7 +554,7 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
             student = checkpoint.load(last, device) if world > 1 else run.student
         models[target.name if target.name not in models else str(target)] = target
     if rank == 0:
-        checkpoint.write_json(folder / "run.json", record | {"finished": runtime.timestamp()})
+        checkpoint.write_json(folder / "run.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     return models
 
 
@@ -610,7 +583,7 @@ def main() -> None:
     runs.require_free(folder, resume=config.resume)
     if config.train.batch < world:
         raise UserError(f"--train.batch {config.train.batch} is less than the {world} processes: each needs a row")
-    device = processes.local_device(config.device)
+    device = runtime.pick_device(config.device)
     tokenizer = data.pick_tokenizer(config.data, config.init)
     rows, val_rows, notes = data.split(config.data, tokenizer, seed=config.seed, world=world)
     if rank == 0:
@@ -626,17 +599,16 @@ def main() -> None:
             signals = " ".join(asked) or "another process"
             console.print(f"stopped by {signals}, saved in {newest()}: --resume goes on", soft_wrap=True)
         elif rank == 0:
-            source = data.source(val_rows, config.data, batch=eval.EvalConfig.batch, seed=config.seed, held_out=True)
-            eval.compare_folders(models, source, device, config.precision, config.seed, out=folder / "results.json")
+            paths, out = tuple(models.values()), folder / "results.json"
+            compared = eval.EvalConfig(paths, config.data, out, seed=config.seed, precision=config.precision)
+            eval.compare_folders(compared, models, val_rows, device)
 
 
 def parse(args: Sequence[str] | None = None) -> Config:
     """The command line, or other flags.
-
     With --init, the checkpoint's shape is the default of the --model flags, and with --paper the published values that
     of the --rpt flags. With --resume, the flags that the run was started with are the default of all, and those of its
-    model and its data stay as they are.
-    """
+    model and its data stay as they are."""
     config = tyro.cli(Config, description=__doc__.partition("\n\nThe paper")[0], args=args)
     folder, record = config.folder, config.folder / "run.json"
     if config.resume and record.exists():

@@ -25,8 +25,6 @@ from support.runtime import UserError
 CHUNK_LOGITS = 2**23  # logits made at once: what a CPU's caches hold
 MAX_KEPT_LOGITS = 2**27  # logits kept for the backward pass, 512 MiB in float32; beyond, they are computed again
 
-# Shape
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -53,23 +51,19 @@ class ModelConfig:
     def resolved(self) -> "ModelConfig":
         """The same shape with every 0 filled in. Raises UserError for a shape that no model can have."""
         require_ranges(self, "model.")
+        kv_heads, head_dim = self.kv_heads or self.heads, self.head_dim or self.width // self.heads
+        problem = None
         if not self.head_dim and self.width % self.heads:
-            raise UserError(
-                f"--model.width {self.width} is not divisible by --model.heads {self.heads}: "
-                f"try --model.width {self.width // self.heads * self.heads + self.heads}"
-            )
-        kv_heads = self.kv_heads or self.heads
-        if self.heads % kv_heads:
-            raise UserError(
-                f"--model.heads {self.heads} is not divisible by --model.kv-heads {kv_heads}: "
-                "every key/value head serves the same number of heads"
-            )
-        head_dim = self.head_dim or self.width // self.heads
-        if head_dim % 2:
-            raise UserError(
-                f"--model.width {self.width} over --model.heads {self.heads} gives heads of {head_dim} channels: "
-                "rotary positions need an even number"
-            )
+            problem = f"--model.width {self.width} is not divisible by --model.heads {self.heads}"
+            problem += f": try --model.width {self.width // self.heads * self.heads + self.heads}"
+        elif self.heads % kv_heads:
+            problem = f"--model.heads {self.heads} is not divisible by --model.kv-heads {kv_heads}"
+            problem += ": every key/value head serves the same number of heads"
+        elif head_dim % 2:
+            problem = f"--model.width {self.width} over --model.heads {self.heads} gives heads of {head_dim} channels"
+            problem += ": rotary positions need an even number"
+        if problem:
+            raise UserError(problem)
         ffn = self.ffn or 16 * math.ceil(11 * self.width / 64)
         return replace(self, kv_heads=kv_heads, head_dim=head_dim, ffn=ffn)
 
@@ -192,20 +186,13 @@ class LoopedTransformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(
-        self,
-        x: Tensor,
-        *,
-        loops: int | None = None,
-        noise_std: float = 0.0,
-        generator: torch.Generator | None = None,
+        self, x: Tensor, *, loops: int | None = None, noise_std: float = 0.0, generator: torch.Generator | None = None
     ) -> Output:
         """Run the stack `loops` times (default: all L) and return the state and the gate after each of them.
-
         x          token ids B T; or a state B T D that some loop left, to go on from there
         noise_std  standard deviation of the Gaussian noise on a state *that is fed to the next loop*; the gate and the
                    head read the state before the noise, and an embedding gets none (LoopRPT, Figure 2)
-        generator  where the noise comes from, on x's device
-        """
+        generator  where the noise comes from, on x's device"""
         fresh = not x.is_floating_point()
         state = self.embed_tokens(x) if fresh else x.contiguous()  # B T D
         cos, sin = self.rotary(torch.arange(x.shape[1], device=x.device))
@@ -224,9 +211,7 @@ class LoopedTransformer(nn.Module):
 
     def loop(self, state: Tensor, cos: Tensor, sin: Tensor, attend: Callable | None = None) -> Tensor:
         """Once through the stack and the final norm.    B T D, ... T C/2, ... T C/2 -> B T D
-
-        attend  the attention, told which layer it is in (default: causal)
-        """
+        attend  the attention, told which layer it is in (default: causal)"""
         for i, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
                 state = recompute(layer, state, cos, sin, use_reentrant=False)
@@ -258,23 +243,16 @@ def exit_logpdf(gate: Tensor) -> Tensor:
 
 def exit_cdf(gate: Tensor) -> Tensor:
     """Probability of having left after each loop, 1 after the last.    B T L -> B T L
-
-    As 1 - P(stay) by expm1, which is exact where little has left.
-    """
+    As 1 - P(stay) by expm1, which is exact where little has left."""
     return F.pad(-torch.expm1(F.logsigmoid(-gate[..., :-1]).cumsum(-1)), (0, 1), value=1.0)
 
 
 def exit_loop(gate: Tensor, threshold: float) -> Tensor:
     """First loop (counted from 0) whose cumulative exit probability reaches the threshold.    B T L -> B T
-
-    Threshold 1 always means the last loop, threshold 0 the first.
-    """
+    Threshold 1 always means the last loop, threshold 0 the first."""
     if threshold >= 1:
         return torch.full_like(gate[..., 0], gate.shape[-1] - 1, dtype=torch.long)
     return (exit_cdf(gate)[..., :-1] < threshold).sum(-1)
-
-
-# Some tokens, and their logits a few at a time
 
 
 def pick(index: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:

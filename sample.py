@@ -17,7 +17,6 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 import tyro
-from einops import rearrange
 from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
@@ -31,15 +30,14 @@ from support.ranges import NonNegativeFloat, Positive, PositiveShare, Range, req
 from support.runtime import DTYPES, Precision, UserError, pick_device, run_cli
 
 CacheRule = Literal["copy", "last", "full"]
+Ints = list[int]  # of rows of the cache: their numbers, or each one's loop or position
 
 
 class Cache:
     """Keys and values of the tokens so far, preallocated for each loop of each layer. A row holds one prompt's tokens.
-
     A token at loop l attends to loop l of the tokens before it. One that left early has filled its first loops only;
-    `fill_deeper_loops` copies the last of them into the rest. With loops=1 (Ouro's sharing of the last loop's keys and
-    values) every loop overwrites the one before, so that all loops of the next tokens attend to each token's last loop.
-    """
+    `fill_deeper` copies the last of them into the rest. With loops=1 (Ouro's sharing of the last loop's keys and
+    values) every loop overwrites the one before, so that all loops of the next tokens attend to each token's last."""
 
     def __init__(self, c: ModelConfig, rows: int, length: int, *, loops: int, device: torch.device, dtype: torch.dtype):
         shape = c.layers, loops, rows, c.kv_heads, length, c.head_dim  # layers L B K S C
@@ -47,7 +45,7 @@ class Cache:
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.attention = partial(F.scaled_dot_product_attention, enable_gqa=c.heads != c.kv_heads)
 
-    def prefill_attention(self, rows: list[int], loop: int) -> Callable:
+    def prefill_attention(self, rows: Ints, loop: int) -> Callable:
         """The attention of one loop over prompts, from position 0 on, which these rows of the cache keep."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -57,13 +55,13 @@ class Cache:
 
         return attend
 
-    def decode_attention(self, rows: list[int], loops: list[int], positions: list[int]) -> Callable:
+    def decode_attention(self, rows: Ints, loops: Ints, positions: Ints) -> Callable:
         """The attention of one more token in each of these rows, at its own loop and position; the cache keeps it."""
         device, length = self.keys.device, max(positions) + 1
         loops = [min(loop, self.loops - 1) for loop in loops]
         loop, row, position = (torch.tensor(x, device=device) for x in (loops, rows, positions))  # R, R, R
         level = min(positions) + 1 == length
-        mask = None if level else rearrange(torch.arange(length, device=device) <= position[:, None], "r s -> r 1 1 s")
+        mask = None if level else torch.arange(length, device=device) <= position[:, None, None, None]  # R 1 1 S
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]  # L B K S C
@@ -79,11 +77,11 @@ class Cache:
 
         return attend
 
-    def keep_rows(self, rows: list[int]) -> None:
+    def keep_rows(self, rows: Ints) -> None:
         """Only these rows, from now on numbered in this order."""
         self.keys, self.values, self.rows = self.keys[:, :, rows], self.values[:, :, rows], len(rows)
 
-    def fill_deeper_loops(self, rows: list[int], loops: list[int], positions: list[int]) -> None:
+    def fill_deeper(self, rows: Ints, loops: Ints, positions: Ints) -> None:
         """Tokens that left after these numbers of loops: the deeper loops get the last one's keys and values."""
         row, last, position = (torch.tensor(x, device=self.keys.device)[:, None] for x in (rows, loops, positions))
         loop = torch.arange(self.loops, device=self.keys.device)  # L
@@ -97,7 +95,7 @@ def gather_rows_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: list[int], loops: int) -> Tensor:
+def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: Ints, loops: int) -> Tensor:
     """All loops of prompts, which these rows of the cache keep; the state after the last one.    R T -> R T D"""
     state, (cos, sin) = net.embed_tokens(ids), net.rotary(torch.arange(ids.shape[1], device=ids.device))
     for loop in range(loops):
@@ -105,17 +103,10 @@ def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: list[int], 
     return state
 
 
-def decode(
-    net: LoopedTransformer, state: Tensor, cache: Cache, rows: list[int], loops: list[int], positions: list[int]
-) -> Tensor:
+def decode(net: LoopedTransformer, state: Tensor, cache: Cache, rows: Ints, loops: Ints, positions: Ints) -> Tensor:
     """One loop more for the newest token of each of these rows of the cache; loops count from 0.    R D -> R D"""
-    angles = net.rotary(torch.tensor(positions, device=state.device))  # R C/2, R C/2
-    cos, sin = (rearrange(x, "r c -> r 1 1 c") for x in angles)
+    cos, sin = (x[:, None, None] for x in net.rotary(torch.tensor(positions, device=state.device)))  # R 1 1 C/2
     return net.loop(state[:, None], cos, sin, cache.decode_attention(rows, loops, positions))[:, 0]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation
 
 
 class Exit(NamedTuple):
@@ -137,9 +128,7 @@ def logits_at_exit(net: LoopedTransformer, exit: Exit, hidden: Tensor, gate: Ten
 
 def sample_tokens(logits: Tensor, numbers: list[float], *, temperature: float, top_p: float) -> list[int]:
     """A token for each row, at a temperature above 0, among the likeliest that hold the share top_p.    R V -> R
-
-    numbers  where in 0..1 each row's draw falls, so that a row's text depends on its own draws alone
-    """
+    numbers  where in 0..1 each row's draw falls, so that a row's text depends on its own draws alone"""
     p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # R V
     unsorted = torch.arange(p.shape[-1], device=p.device).expand_as(p)
     order = p.argsort(dim=-1, descending=True, stable=True) if top_p < 1 else unsorted  # R V
@@ -184,19 +173,15 @@ def generate(
     seeds: Sequence[object] | None = None,
     done: Callable[[int, list[int]], bool] = lambda row, tokens: False,
 ) -> Iterator[Token]:
-    """Continue every prompt; tokens come as they are chosen, in no order over the rows.
-
-    prompts  token ids, of any lengths
+    """Continue every prompt (token ids); tokens come as they are chosen, in no order over the rows.
     given    the continuation of each prompt (teacher forcing): it is taken, not chosen, and ends the prompt
     loops    the most that a token may take (default: the model's)
-    cache    'copy': a token that left copies its last loop's keys and values into its deeper loops. 'last': only
-             the last loop of every token is kept, a quarter of the memory at four loops. 'full': every loop runs,
-             so the cache is exact and no time is saved; the exit says only which loop's logits are taken
+    cache    'copy': a token that left copies its last loop into its deeper ones. 'last': only each token's last loop
+             is kept, in 1/loops of the memory. 'full': all loops run, exact but no faster; the exit picks the logits
     batch    prompts side by side (default: all); when one ends, the next takes its place
     seeds    of each prompt's draws (default: its number)
     done     told a row and its new tokens after each of them; says whether the row ends there
-    Raises UserError for a prompt that is empty, or longer than the model's positions.
-    """
+    Raises UserError for a prompt that is empty, or longer than the model's positions."""
     most, weight, loops = net.config.max_positions, net.embed_tokens.weight, loops or net.config.loops
     for n in map(len, prompts):
         if not 1 <= n <= most:
@@ -205,14 +190,13 @@ def generate(
     length = min(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), most)
     size, kept_loops = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
     kv_cache = Cache(net.config, size, length, loops=kept_loops, device=weight.device, dtype=weight.dtype)
-    generators = [data.seeded("draws", seed) for seed in seeds or range(len(prompts))]
-    waiting = list(range(len(prompts)))
+    generators, waiting = [data.seeded("draws", s) for s in seeds or range(len(prompts))], [*range(len(prompts))]
 
     # Of the newest token in each row: its state, its state at the exit, and log P(its gate has not stopped it)
     state, exit_state = weight.new_empty(2, size, net.config.width)  # R D, R D
     log_stay = weight.new_zeros(size, dtype=torch.promote_types(weight.dtype, torch.float32))  # R
 
-    def start(slots: list[int]) -> list[Stream]:
+    def start(slots: Ints) -> list[Stream]:
         """Waiting prompts at full depth, in these rows. No token sees the padding, and decoding overwrites it."""
         chosen = [waiting.pop(0) for _ in slots]
         streams = [Stream(p, slot, len(prompts[p]) - 1, loops, loops) for p, slot in zip(chosen, slots, strict=True)]
@@ -260,17 +244,13 @@ def generate(
         slots, positions = [s.slot for s in streams], [s.position for s in streams]
         state[slots] = decode(net, state[slots], kv_cache, slots, [s.loops_run for s in streams], positions)
 
-        # Whose exit score has reached the threshold
+        # Those whose score reaches the threshold leave here, and at the last loop those that are still there
         reached = [False] * len(streams)
-        if exit.threshold < 1:
-            if exit.rule == "gate":
-                log_stay[slots] += F.logsigmoid(-net.gate(state[slots]))
-                score = -torch.expm1(log_stay[slots])  # R
-            else:
-                score = net.logits(state[slots]).softmax(-1).amax(-1)  # R
-            reached = (score >= exit.threshold).tolist()
-
-        # They leave here, and at the last loop those that are still there
+        if exit.threshold < 1 and exit.rule == "gate":
+            log_stay[slots] += F.logsigmoid(-net.gate(state[slots]))
+            reached = (-torch.expm1(log_stay[slots]) >= exit.threshold).tolist()
+        elif exit.threshold < 1:
+            reached = (net.logits(state[slots]).softmax(-1).amax(-1) >= exit.threshold).tolist()
         open_slots = [s.slot for s in streams if not s.exit_loop]
         exit_state[open_slots] = state[open_slots]
         for s, enough in zip(streams, reached, strict=True):
@@ -278,11 +258,9 @@ def generate(
             if not s.exit_loop and (enough or s.loops_run == loops):
                 s.exit_loop = s.loops_run
         if early := [s for s in streams if cache == "copy" and s.exit_loop and s.loops_run < loops]:
-            slots, positions = [s.slot for s in early], [s.position for s in early]
-            kv_cache.fill_deeper_loops(slots, [s.loops_run for s in early], positions)
+            kv_cache.fill_deeper([s.slot for s in early], [s.loops_run for s in early], [s.position for s in early])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -315,8 +293,6 @@ class GenerationFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(GenerationFlags):
-    """Continue prompts. A token that leaves after loop l has run l loops; prompts run at full depth."""
-
     prompt: tuple[str, ...]  # text to continue; several are continued side by side
     chat: bool = False  # each prompt is a user's turn, in ChatML
     max_tokens: Positive = 200  # most new tokens
@@ -377,9 +353,8 @@ def main() -> None:
     stops, streams = stop_ids(net, tokenizer), [DecodeStream(skip_special_tokens=True) for _ in prompts]
     shown, loops, start = [Text() for _ in prompts], [], time.perf_counter()
     how = {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_p": config.top_p}
-    how |= {"exit": exit, "loops": config.loops, "cache": config.cache}
-    how["seeds"] = [f"{config.seed}/{i}" for i in range(len(prompts))]
-    for token in generate(net, prompts, done=lambda row, tokens: tokens[-1] in stops, **how):
+    how |= {"loops": config.loops, "cache": config.cache, "seeds": [f"{config.seed}/{i}" for i in range(len(prompts))]}
+    for token in generate(net, prompts, exit=exit, done=lambda row, tokens: tokens[-1] in stops, **how):
         loops.append(token.loops)
         piece = streams[token.row].step(tokenizer, token.id) or ""
         if len(prompts) > 1:
@@ -391,10 +366,9 @@ def main() -> None:
     seconds = time.perf_counter() - start
     if len(prompts) == 1:
         console.print()
-    else:
-        for prompt, continuation in zip(config.prompt, shown, strict=True):
-            console.rule(Text(prompt.strip().split("\n")[0]), align="left")
-            console.print(continuation)
+    for prompt, continuation in zip(config.prompt, shown, strict=True) if len(prompts) > 1 else ():
+        console.rule(Text(prompt.strip().split("\n")[0]), align="left")
+        console.print(continuation)
     if config.show_loops:
         console.print(legend(loops))
     note = f"{len(loops)} tokens, {sum(loops) / len(loops):.2f} loops on average, {len(loops) / seconds:.1f} tokens/s"
@@ -412,12 +386,11 @@ def show_chain(net: LoopedTransformer, tokenizer: Tokenizer, config: SampleConfi
         with torch.no_grad():
             out = net(torch.tensor([ids], device=net.embed_tokens.weight.device), loops=config.loops)
             logits, exits = logits_at_exit(net, exit, out.hidden[0, ::2], out.gate[0, ::2])  # N V, N
-        answers, exits = logits.argmax(-1).tolist(), exits.tolist()
-        for n, (answer, loops) in enumerate(zip(answers, exits, strict=True)):
+        for n, (answer, loops) in enumerate(zip(logits.argmax(-1).tolist(), exits.tolist(), strict=True)):
             line = f"{' '.join(symbols[: 2 * n + 1])} = {answer}    {loops} {'loop' if loops == 1 else 'loops'}"
             console.print(Text(line, shade(loops) if config.show_loops else ""))
         if config.show_loops:
-            console.print(legend(exits))
+            console.print(legend(exits.tolist()))
 
 
 if __name__ == "__main__":

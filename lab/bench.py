@@ -1,22 +1,16 @@
 """How fast it is: ratios within one run, with random weights of a known shape or a checkpoint.
 
-python -m lab.bench rpt                              a LoopRPT step beside a naive reading of the paper
-python -m lab.bench pretrain --shape ouro-1.4b       a Stage I step beside a naive one
 python -m lab.bench decode                           what early exits save, one prompt; or DIR --batch 16
 python -m lab.bench cache DIR --data.path val.jsonl  what the cache of early exits costs in accuracy
 python -m lab.bench plan --shape ouro-2.6b --gpus 8  memory and time of training, before it is tried
+python -m lab.bench rpt                              a LoopRPT step beside a naive reading of the paper
 """
 
-import copy
-import itertools
 import math
 import os
-import shlex
 import time
 import timeit
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated, Literal
@@ -25,14 +19,11 @@ import torch
 import tyro
 from einops import rearrange, repeat
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 
 import data
 import looprpt
 import sample
 from model import MAX_KEPT_LOGITS, LoopedTransformer, ModelConfig, exit_logpdf
-from sample import CacheRule, Exit, Token
 from support import checkpoint, runtime
 from support.ranges import AtLeastTwo, NonNegative, Positive, PositiveFloat, PositiveShare, Range, require_ranges
 from support.runs import Stage, make_optimizer
@@ -48,21 +39,18 @@ SHAPES = {
 }
 Shape = Literal["demo", "small", "medium", "ouro-1.4b", "ouro-2.6b"]
 ROWS = {"demo": (128, 11), "small": (8, 256), "medium": (4, 512), "ouro-1.4b": (1, 4096), "ouro-2.6b": (1, 4096)}
+EXACT = replace(looprpt.PAPER, estimator="exact", rollouts=1)
+FORMS = {"naive": looprpt.PAPER, "sampled": looprpt.PAPER, "exact": EXACT, "looprpt": looprpt.RPTConfig()}
 
 
 def random_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> LoopedTransformer:
     """Random weights, wide enough that the gate finds tokens to leave after every loop."""
-    wide = replace(SHAPES[shape], init_std=0.06)
+    c = replace(SHAPES[shape], init_std=0.06)
     with torch.device(device):
-        net = LoopedTransformer(wide, generator=data.seeded(shape, device=device)).to(dtype)
-    gate, std = net.early_exit_gate, 1.5 * wide.width**-0.5
-    nn.init.normal_(gate.weight, std=std, generator=data.seeded("gate", device=device))
-    nn.init.constant_(gate.bias, -2.5)
+        net = LoopedTransformer(c, generator=data.seeded(shape, device=device)).to(dtype)
+    nn.init.normal_(net.early_exit_gate.weight, std=1.5 * c.width**-0.5, generator=data.seeded("gate", device=device))
+    nn.init.constant_(net.early_exit_gate.bias, -2.5)
     return net
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoding: what early exits save, and what their cache costs
 
 
 @dataclass(frozen=True)
@@ -74,28 +62,28 @@ class DecodeConfig:
     prompt_tokens: Positive = 64  # tokens of each prompt, drawn at random
     tokens: AtLeastTwo = 64  # new tokens of each; the first one comes from the prompt
     rounds: Positive = 5  # alternating runs of each threshold; the first one more is not counted
-    cache: CacheRule = "copy"  # as in sample.py
+    cache: sample.CacheRule = "copy"  # as in sample.py
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     dtype: Precision = "auto"  # of weights and cache (auto: as stored, random weights bf16 on a GPU and fp32 on a CPU)
     out: Path | None = None  # where to write the table as JSON
 
 
-def decoded(tokens: Iterable[Token]) -> Iterator[tuple[Token, float]]:
-    """Tokens and the seconds that each took, without the first one of each prompt: it comes from the prompt."""
-    begun, last = set(), 0.0
-    for token in tokens:
+def decoded(net: LoopedTransformer, prompts: list[list[int]], **how) -> tuple[list[sample.Token], float]:
+    """New tokens and the seconds they took, but for the first one of each prompt: what precedes it is the prefill."""
+    tokens, seconds, begun, last = [], 0.0, set(), 0.0
+    for token in sample.generate(net, prompts, **how):
         now = time.perf_counter()
         if token.row in begun:
-            yield token, now - last
+            tokens.append(token)
+            seconds += now - last
         begun.add(token.row)
         last = now
+    return tokens, seconds
 
 
 def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     """Tokens per second at each exit threshold beside full depth; the runs alternate, medians are shown.
-
-    Ideal is L / average loops: a loop that isn't run costs nothing, and all else is free. Prompts are not counted.
-    """
+    Ideal is L / average loops: a loop that isn't run costs nothing, and all else is free. Prompts are not counted."""
     require_ranges(config)
     runtime.require_new(config.out)
     device = runtime.pick_device(config.device)
@@ -110,19 +98,15 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     size = 4 * config.batch if config.batch > 1 else 1, config.prompt_tokens
     prompts = torch.randint(net.config.vocab_size, size, generator=data.seeded("prompts")).tolist()
     how = {"max_tokens": config.tokens, "cache": config.cache, "temperature": 1.0, "batch": config.batch}
-
-    def decode_once(threshold: float) -> tuple[float, float]:
-        """Tokens per second, and average loops."""
-        run = sample.generate(net, prompts, exit=Exit("gate", threshold), **how)
-        tokens, seconds = zip(*decoded(run), strict=True)
-        return len(tokens) / sum(seconds), fmean(token.loops for token in tokens)
-
-    thresholds = [*dict.fromkeys((*config.thresholds, 1.0))]
-    rounds = [[decode_once(t) for t in thresholds] for _ in runtime.progress_bar(range(1 + config.rounds), "rounds")]
+    runs = {threshold: [] for threshold in (*config.thresholds, 1.0)}
+    for _ in runtime.progress_bar(range(1 + config.rounds), "rounds"):
+        for threshold, run in runs.items():
+            tokens, seconds = decoded(net, prompts, exit=sample.Exit("gate", threshold), **how)
+            run.append((len(tokens) / seconds, fmean(token.loops for token in tokens)))
     rows, cells = [], []
-    for i, threshold in enumerate(thresholds):
-        speed, loops = (median(r[i][j] for r in rounds[1:]) for j in (0, 1))
-        speedup = median(r[i][0] / r[-1][0] for r in rounds[1:])
+    for threshold, run in runs.items():
+        speed, loops = map(median, zip(*run[1:], strict=True))
+        speedup = median(mine / full for (mine, _), (full, _) in zip(run[1:], runs[1.0][1:], strict=True))
         numbers = {"loops": loops, "speedup": speedup, "ideal": depth / loops, "of_ideal": speedup * loops / depth}
         rows.append({"threshold": threshold, "tokens_per_s": speed} | numbers)
         label = "all loops" if threshold == 1 else str(threshold)
@@ -147,13 +131,6 @@ class CacheConfig:
     out: Path | None = None  # where to write the table as JSON
 
 
-def teacher_forced(net: LoopedTransformer, rows: list[data.Row], **how) -> list[Token]:
-    """Given responses, decoded token by token, without the first one of each: it comes from the prompt, at full depth."""
-    prompts, given = [row.ids[: row.prompt] for row in rows], [row.ids[row.prompt :] for row in rows]
-    tokens = sample.generate(net, prompts, given=given, max_tokens=max(map(len, given)), **how)
-    return [token for token, _ in decoded(tokens)]
-
-
 def cache(config: Annotated[CacheConfig, tyro.conf.arg(name="")]) -> None:
     """Accuracy of next tokens of given responses, decoded step by step, with each rule for what an early exit leaves in
     the cache; 'full' is exact. The first token of a response, which comes from the prompt, is not counted."""
@@ -170,23 +147,20 @@ def cache(config: Annotated[CacheConfig, tyro.conf.arg(name="")]) -> None:
         raise UserError(f"{config.data.path} has no response of two tokens: give longer ones, or raise --data.length")
     rows = rows[:: math.ceil(len(rows) / config.rows)]
     runtime.print_notes(notes)
+    prompts, given = [row.ids[: row.prompt] for row in rows], [row.ids[row.prompt :] for row in rows]
+    how = {"given": given, "max_tokens": config.data.length, "batch": config.batch}
     results, cells = [], []
     for rule in ("full", "copy", "last"):
         cells.append([rule])
         for threshold in runtime.progress_bar(config.thresholds, f"cache '{rule}'"):
-            tokens = teacher_forced(net, rows, exit=Exit("gate", threshold), cache=rule, batch=config.batch)
-            accuracy, loops = fmean(t.id == t.likeliest for t in tokens), fmean(t.loops for t in tokens)
-            row = {"cache": rule, "threshold": threshold, "tokens": len(tokens)}
-            results.append(row | {"accuracy": accuracy, "loops": loops})
-            cells[-1].append(f"{100 * accuracy:.1f} at {loops:.2f}")
+            tokens, _ = decoded(net, prompts, exit=sample.Exit("gate", threshold), cache=rule, **how)
+            means = {"accuracy": fmean(t.id == t.likeliest for t in tokens), "loops": fmean(t.loops for t in tokens)}
+            results.append({"cache": rule, "threshold": threshold, "tokens": len(tokens)} | means)
+            cells[-1].append(f"{100 * means['accuracy']:.1f} at {means['loops']:.2f}")
     title = f"accuracy in % at average loops, {config.folder}"
     runtime.print_table(title, ["cache", *(f"threshold {t:g}" for t in config.thresholds)], cells)
     if config.out:
         checkpoint.write_json(config.out, {"cache": str(config.folder), "rows": results} | runtime.provenance(device))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What training will need
 
 
 @dataclass(frozen=True)
@@ -206,35 +180,15 @@ class PlanConfig:
     mfu: PositiveShare = 0.4  # share of it that is reached: measure it, log.jsonl has it; this is a guess
 
 
-def activation_bytes(shape: ModelConfig, rows: int, length: int) -> int:
-    """What one loop keeps for the backward pass, under bfloat16 autocast: by running it on tensors without memory."""
-    sizes = {}
-
-    def note(x: Tensor) -> Tensor:
-        sizes[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
-    with FakeTensorMode():
-        net = LoopedTransformer(replace(shape, vocab_size=8))
-        state = torch.zeros(rows, length, shape.width, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-            out = net(state, loops=1)
-        weights = {p.untyped_storage()._cdata for p in net.parameters()}
-        assert out.hidden.requires_grad
-        return sum(size for key, size in sizes.items() if key not in weights)
-
-
 def memory(config: PlanConfig, gpus: int) -> dict[str, float]:
     """Bytes on each GPU at the peak of a step, by what they hold."""
-    c = SHAPES[config.shape].resolved()
     with torch.device("meta"):
-        net = LoopedTransformer(c)
-    n, layer = (sum(p.numel() for p in part.parameters()) for part in (net, net.layers[0]))
-    shards = min(gpus, config.per_machine) if config.dist == "fsdp" else 1
-    tokens, is_rpt = config.rows * config.length, config.objective == "rpt"
-    state = 4 * tokens * c.width
-    one, two = (activation_bytes(replace(c, layers=k), config.rows, config.length) for k in (1, 2))
-    inside = two - one - 2 * layer  # of a layer in one loop, without its bfloat16 weights
+        net = LoopedTransformer(SHAPES[config.shape])
+    c, shards = net.config, min(gpus, config.per_machine) if config.dist == "fsdp" else 1
+    n, tokens, is_rpt = sum(p.numel() for p in net.parameters()), config.rows * config.length, config.objective == "rpt"
+    # What a layer keeps of a token, in one loop under bfloat16 autocast: counted once, and again by a test
+    kept = 38 * c.width + 8 * c.ffn + (6 * c.heads + 4 * c.kv_heads) * c.head_dim + 4 * c.heads + 16
+    state, inside = 4 * tokens * c.width, tokens * kept
     loops = {"pretrain": c.loops, "gate": 0, "rpt": c.loops + config.rollouts * max(0, c.loops - 2)}[config.objective]
     layers = c.layers * loops * state + inside if config.recompute else c.layers * loops * inside
     logits = tokens * (config.rho if is_rpt else 1) * c.loops * c.vocab_size
@@ -251,33 +205,23 @@ def memory(config: PlanConfig, gpus: int) -> dict[str, float]:
 
 
 def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
-    """GiB on each GPU at the peak of a training step, and the seconds that a step takes: computed, not measured.
-
-    What a layer keeps comes from running it on tensors without memory (torch.compile keeps less), the time from --mfu.
-    """
+    """Computed, not measured: GiB on each GPU at the peak of a step without torch.compile, and its seconds by --mfu."""
     require_ranges(config)
     if not config.gpus:
         raise UserError("--gpus came without a number: give one or more")
-    c = SHAPES[config.shape].resolved()
-    tokens = torch.ones(config.batch, config.length, dtype=torch.bool)
+    c, tokens = SHAPES[config.shape].resolved(), torch.ones(config.batch, config.length, dtype=torch.bool)
     cfg = looprpt.RPTConfig(rollouts=config.rollouts, rho=config.rho, noise_std=0.1 if config.rollouts else 0.0)
-    flops = runtime.step_flops(config.objective, c, cfg, data.Batch(tokens, tokens, tokens))
-    cells = []
+    flops, cells = runtime.step_flops(config.objective, c, cfg, data.Batch(tokens, tokens, tokens)), []
     for gpus in config.gpus:
-        sizes, at_once = memory(config, gpus), gpus * config.rows
-        turns = math.ceil(config.batch / at_once) * at_once / config.batch  # above 1 if some GPUs idle
-        seconds = flops * turns / (gpus * config.peak * 1e12 * config.mfu)
-        gib = [f"{size / 2**30:.1f}" for size in (*sizes.values(), sum(sizes.values()))]
-        cells.append([str(gpus), *gib, f"{seconds:.2f}"])
+        sizes, passes = memory(config, gpus), math.ceil(config.batch / (gpus * config.rows))  # some GPUs may idle
+        seconds = flops * passes * config.rows / config.batch / (config.peak * 1e12 * config.mfu)
+        gib = (size / 2**30 for size in (*sizes.values(), sum(sizes.values())))
+        cells.append([str(gpus), *(f"{x:.1f}" for x in gib), f"{seconds:.2f}"])
     title = f"{config.objective}, {config.shape}, {config.dist}: GiB per GPU"
     runtime.print_table(title, ("GPUs", *sizes, "all", "s/step"), cells, left=0)
     cache = 2 * c.layers * c.loops * c.kv_heads * c.head_dim * 2 // 2**10
     console.print(f"{config.batch} rows of {config.length} tokens a step, {config.rows} at once; --mfu is a guess.")
     console.print(f"Generation's cache in bf16: {cache} KiB a token, {cache // c.loops} with --cache last.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A training step, beside a naive form of the same
 
 
 @dataclass(frozen=True)
@@ -295,8 +239,7 @@ class SpeedConfig:
 
 
 def naive_step(student, teacher, batch: data.Batch, cfg: looprpt.RPTConfig, generator: torch.Generator) -> Tensor:
-    """The loss of a LoopRPT step as the paper reads: every pass is one of its own at full depth, and every loop of
-    every position of each goes through the vocabulary."""
+    """The loss of a LoopRPT step as the paper reads: each pass apart, at full depth, with the logits of all loops."""
     mask, vocab = batch.mask.to(batch.inputs.device), student.config.vocab_size
 
     def run(net: LoopedTransformer, ids: Tensor, noise: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,30 +261,22 @@ def naive_step(student, teacher, batch: data.Batch, cfg: looprpt.RPTConfig, gene
     exits = looprpt.draw_exits(noisy_logpi.detach(), generator)  # N G
     pg = looprpt.sampled_policy_loss(noisy_logpi, exits, reward)  # N
     rep = looprpt.representation_loss(logp, logpi, reward)
-    ent = (logpi.exp() * logpi).sum(-1)
-    kl = looprpt.k3_kl(logp, teacher_logp[hard])
+    ent, kl = (logpi.exp() * logpi).sum(-1), looprpt.k3_kl(logp, teacher_logp[hard])
     return (cfg.pg_weight * pg + cfg.rep_weight * rep + cfg.ent_weight * ent + cfg.kl_weight * kl).mean()
 
 
-def naive_pretrain(student: LoopedTransformer, batch: data.Batch, cfg: looprpt.PretrainConfig) -> Tensor:
-    """The loss of Stage I with all logits at once."""
-    out, mask = student(batch.inputs), batch.mask.flatten().to(batch.inputs.device)
-    logp = looprpt.logp_of(student.logits(out.hidden.flatten(0, 1)), batch.targets.flatten())  # B*T L
-    return looprpt.stage1_loss(logp, exit_logpdf(out.gate.flatten(0, 1)), cfg.beta)[mask].mean()
-
-
-def peak_bytes(step: Callable[[], object], standing: int, device: torch.device) -> int:
+def peak_bytes(step, standing: int, device: torch.device) -> int:
     """Most memory in a step: what a GPU says, or on a CPU what stands before it and the tensors that it makes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to standard error
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
         step()
     events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     sizes = (event.nbytes() for event in events if event.name() == "[memory]")
-    return standing + max(itertools.accumulate(sizes, initial=0))
+    return standing + torch.tensor([0, *sizes]).cumsum(0).max().item()
 
 
 def measured_peak(device: torch.device, precision: Precision) -> float:
@@ -350,9 +285,9 @@ def measured_peak(device: torch.device, precision: Precision) -> float:
         return peak
     best, size, seconds = 0.0, 256, 0.0
     with runtime.autocast(device, precision), torch.no_grad():
-        while size <= 2048 and seconds < 0.02:  # a CPU without bfloat16 instructions takes long for a large product
+        while size <= 2048 and seconds < 0.1:  # a CPU without bfloat16 instructions takes long for a large product
             a = torch.randn(size, size, device=device)
-            seconds = min(timeit.repeat("(a @ a).sum().item()", globals={"a": a}, number=1, repeat=5))
+            seconds = min(timeit.repeat("(a @ a).sum().item()", globals={"a": a}, number=1, repeat=3))
             best, size = max(best, 2 * size**3 / seconds), 2 * size
     return best
 
@@ -368,60 +303,43 @@ def read_runs(path: Path | None) -> list[dict]:
     return runs
 
 
-EXACT = replace(looprpt.PAPER, estimator="exact", rollouts=1)
-FORMS = {
-    "rpt": {"naive": looprpt.PAPER, "sampled": looprpt.PAPER, "exact": EXACT, "looprpt": looprpt.RPTConfig()},
-    "pretrain": {"naive": looprpt.PretrainConfig(), "ours": looprpt.PretrainConfig()},
-}
-
-
-def loss_of(form: str, net: LoopedTransformer, teacher: LoopedTransformer | None, batch: data.Batch, cfg) -> Tensor:
-    """Of LoopRPT if there is a teacher, else of Stage I."""
-    noise = data.seeded("noise", device=batch.inputs.device)
-    if form == "naive":
-        return naive_step(net, teacher, batch, cfg, noise) if teacher else naive_pretrain(net, batch, cfg)
-    counts, _ = looprpt.count_tokens(batch, getattr(cfg, "rho", 1.0), batch.inputs.device)
-    if teacher:
-        return looprpt.rpt_step(net, teacher, batch, cfg, counts=counts, generator=noise).loss
-    return looprpt.pretrain_step(net, batch, cfg, counts=counts).loss
-
-
-def compare_forms(stage: Literal["rpt", "pretrain"], config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
+def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
     """A training step, backward pass, optimiser and teacher included: ours beside a naive form of it.
-
-    Of rpt, naive and sampled draw exits in 8 rollouts, exact takes the expectation in one, looprpt is the default:
-    without noise, and trained on all tokens. MFU counts the operations that our form needs, also for the naive one.
-    """
+    Naive and sampled draw exits in 8 rollouts, exact takes the expectation in one, looprpt is the default:
+    without noise, and trained on all tokens. MFU counts the operations that our form needs, also for the naive one."""
     require_ranges(config)
-    read_runs(config.out)
+    read_runs(config.out)  # refuses another file before anything is timed
     if config.out:
         runtime.make_folder(config.out.parent)
     device, usual = runtime.pick_device(config.device), ROWS[config.shape]
     rows, length = config.rows or usual[0], config.length or usual[1]
     net = random_model(config.shape, device)
-    teacher = copy.deepcopy(net).requires_grad_(False) if stage == "rpt" else None
-    nets = [net, teacher] if teacher else [net]
-    standing = (len(nets) + 2) * 4 * sum(p.numel() for p in net.parameters())  # weights and two moments
+    teacher = random_model(config.shape, device).requires_grad_(False)  # the same weights
+    standing = 4 * 4 * sum(p.numel() for p in net.parameters())  # weights of both, and two moments
     optimizer = make_optimizer(net, 0.0, 0.0)  # a learning rate of 0: all forms meet the same weights
     ids = torch.randint(net.config.vocab_size, (rows, length + 1), generator=data.seeded("rows")).tolist()
     batch = data.trim_and_move(data.collate([data.Row(row, 1) for row in ids]), device)
-    forms = {form: cfg for form, cfg in FORMS[stage].items() if config.naive or form != "naive"}
+    forms = {form: cfg for form, cfg in FORMS.items() if config.naive or form != "naive"}
     if config.compile:
         forms |= {f"{form}, compiled": cfg for form, cfg in forms.items() if form != "naive"}
 
     def step(form: str) -> float:
-        for layer in itertools.chain(*(n.layers for n in nets)):
+        for layer in (*net.layers, *teacher.layers):
             layer.compiled = form.endswith("compiled")
         net.recompute = config.recompute and form != "naive"
         start = time.perf_counter()
+        cfg, noise = forms[form], data.seeded("noise", device=device)
         with runtime.autocast(device, config.precision):
-            loss = loss_of(form, net, teacher, batch, forms[form])
+            if form == "naive":
+                loss = naive_step(net, teacher, batch, cfg, noise)
+            else:
+                counts, _ = looprpt.count_tokens(batch, cfg.rho, device)
+                loss = looprpt.rpt_step(net, teacher, batch, cfg, counts=counts, generator=noise).loss
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        if teacher:
-            looprpt.ema_update(teacher, net, looprpt.RPTConfig.ema_decay)
+        optimizer.zero_grad()  # here, so that the next step's memory starts without gradients
+        looprpt.ema_update(teacher, net, looprpt.RPTConfig.ema_decay)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
@@ -430,7 +348,7 @@ def compare_forms(stage: Literal["rpt", "pretrain"], config: Annotated[SpeedConf
     for form in runtime.progress_bar(forms, "warming up"):
         try:
             step(form)
-            sizes[form] = peak_bytes(partial(step, form), standing, device)
+            sizes[form] = peak_bytes(lambda form=form: step(form), standing, device)
         except torch.OutOfMemoryError:
             console.print(f"{form}: more memory than there is")
     if not sizes:
@@ -438,50 +356,26 @@ def compare_forms(stage: Literal["rpt", "pretrain"], config: Annotated[SpeedConf
     times = [{form: step(form) for form in sizes} for _ in runtime.progress_bar(range(config.rounds), "timing")]
     first, peak, results = next(iter(sizes)), measured_peak(device, config.precision), []
     for form, size in sizes.items():
-        seconds = median(t[form] for t in times)
-        speedup = median(t[first] / t[form] for t in times)
-        mfu = runtime.step_flops(stage, net.config, forms[form], batch) / seconds / peak
+        seconds, speedup = median(t[form] for t in times), median(t[first] / t[form] for t in times)
+        mfu = runtime.step_flops("rpt", net.config, forms[form], batch) / seconds / peak
         row = {"form": form, "tokens_per_s": rows * length / seconds, "speedup": speedup, "peak_gib": size / 2**30}
         results.append(row | {"memory": size / sizes[first], "mfu": mfu})
     precision, made_by = runtime.matmul_dtype(device, config.precision), runtime.provenance(device)
-    title = f"{stage}, {config.shape}, {rows} rows of {length}, {precision}, {made_by['device']}"
-    runtime.print_table(title, HEADS, map(speed_cells, results))
+    title = f"rpt, {config.shape}, {rows} rows of {length}, {precision}, {made_by['device']}"
+    runtime.print_table(title, ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU"), map(speed_cells, results))
     if config.out:
-        run = {"bench": stage, "shape": config.shape, "rows": rows, "length": length, "precision": precision}
+        run = {"bench": "rpt", "shape": config.shape, "rows": rows, "length": length, "precision": precision}
         run |= {"threads": torch.get_num_threads(), "peak_tflops": peak / 1e12, "forms": results}
         checkpoint.write_json(config.out, {"runs": [*read_runs(config.out), run | made_by]})
 
 
-HEADS = ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU")
-
-
 def speed_cells(row: dict) -> list[str]:
     speeds = f"{row['tokens_per_s']:,.0f}", f"{row['speedup']:.2f}", f"{row['peak_gib']:.2f}", f"{row['memory']:.2f}"
-    form = "naive" if row["form"] == "plain" else row["form"]  # its name in older files
-    return [form, *speeds, f"{100 * row['mfu']:.0f} %"]
-
-
-def speeds(path: Annotated[Path, tyro.conf.Positional] = Path("results/bench.json")) -> None:
-    """The table of speeds, as Markdown: what --out of rpt and pretrain has gathered."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: give what --out of rpt and pretrain wrote")
-    print(speeds_markdown(read_runs(path)))
-
-
-def speeds_markdown(runs: list[dict]) -> str:
-    lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
-    for run in (r for r in runs if r["bench"] != "eval"):  # older files time scoring too
-        args = run["argv"][1:]
-        out = args.index("--out") if "--out" in args else len(args)
-        command = shlex.join(["python", "-m", "lab.bench", *args[:out], *args[out + 2 :]])
-        lines.append(f"| **`{command}`** ({run['precision']}) |" + " |" * (len(HEADS) - 1))
-        lines += ["| " + " | ".join(speed_cells(row)) + " |" for row in run["forms"]]
-    return "\n".join(lines)
+    return [row["form"], *speeds, f"{100 * row['mfu']:.0f} %"]
 
 
 def main() -> None:
-    commands = {stage: partial(compare_forms, stage) for stage in FORMS}
-    commands |= {"decode": decode, "cache": cache, "plan": plan, "speeds": speeds}
+    commands = {"rpt": compare_forms, "decode": decode, "cache": cache, "plan": plan}
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m lab.bench")
 
 

@@ -7,19 +7,18 @@ Text is generated with exits that stop; a score of given text is read at each to
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import tyro
 from tokenizers import Tokenizer
-from torch import Tensor
 
 import data
 from model import LoopedTransformer, chunked
 from sample import Exit, GenerationFlags, generate, load_with_tokenizer, logits_at_exit, stop_ids
 from support import checkpoint, runtime, text
 from support.ranges import Positive, Range, require_ranges
-from support.runtime import UserError
+from support.runtime import UserError, console
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
 
     stops, device, most = stop_ids(net, tokenizer), net.embed_tokens.weight.device, net.config.max_positions
 
-    def score_at_exit(hidden: Tensor, gate: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def score_at_exit(hidden: torch.Tensor, gate: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Log-probability, whether it is the likeliest, loops.    N L D, N L, N -> N, N, N"""
         logits, loops = logits_at_exit(net, exit, hidden, gate)  # N V, N
         logp = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
@@ -58,19 +57,15 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
     class Looped(TemplateLM):
         eot_token_id = text.eos_id(tokenizer)
         tokenizer_name = str(config.folder)
-
-        def __init__(self):
-            super().__init__()
-            self.loops: dict[str, list[int]] = {}  # of every token scored or generated, by task
+        loops: ClassVar[dict[str, list[int]]] = {}  # of every token scored or generated, by task
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
             return text.tokenize(tokenizer, [string], special=True)[0]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             turns = "".join(f"{text.IM_START}{m['role']}\n{m['content']}{text.IM_END}\n" for m in chat_history)
-            if add_generation_prompt:
-                return f"{turns}{text.IM_START}assistant\n"
-            return turns.removesuffix(f"{text.IM_END}\n")  # the last turn goes on
+            unfinished = turns.removesuffix(f"{text.IM_END}\n")  # the last turn goes on
+            return f"{turns}{text.IM_START}assistant\n" if add_generation_prompt else unfinished
 
         def chat_template(self, chat_template: bool | str = False) -> str:
             return "ChatML" if chat_template else ""
@@ -80,32 +75,27 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def loglikelihood_rolling(self, requests, **_) -> list[float]:
-            owners, windows = [], []
+            pieces = []  # number of the request, context, continuation
             for i, request in enumerate(requests):
-                ids = self.tok_encode(request.args[0])
-                for window in get_rolling_token_windows(ids, self.prefix_token_id, most, 1):
-                    owners.append(i)
-                    windows.append((None, *make_disjoint_window(window)))
-            self.asked = [requests[i].task_name for i in owners]
-            totals = [0.0] * len(requests)
-            for i, (logp, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+                windows = get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id, most, 1)
+                pieces += [(i, *make_disjoint_window(window)) for window in windows]
+            self.asked, totals = [requests[i].task_name for i, _, _ in pieces], [0.0] * len(requests)
+            for (i, _, _), (logp, _) in zip(pieces, self._loglikelihood_tokens(pieces), strict=True):
                 totals[i] += logp
             return totals
 
         @torch.no_grad()
         def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
             """Log-probability of each continuation, and whether it is greedy's; a long context loses its start."""
-            rows = [(context + new)[-most - 1 :] for _, context, new in requests]
-            asked = [min(len(new), most) for _, _, new in requests]  # tokens
-            order, scores = sorted(range(len(rows)), key=lambda i: -len(rows[i])), [(0.0, True)] * len(rows)
+            cut = [(context + new)[-most - 1 :] for _, context, new in requests]
+            rows = [data.Row(ids, max(1, len(ids) - len(new))) for ids, (_, _, new) in zip(cut, requests, strict=True)]
+            order, scores = sorted(range(len(rows)), key=lambda i: -len(rows[i].ids)), [(0.0, True)] * len(rows)
             for start in runtime.progress_bar(range(0, len(rows), config.batch), "scoring"):
                 chosen = order[start : start + config.batch]
-                batch = data.collate([data.Row(rows[i], len(rows[i]) - asked[i]) for i in chosen])
-                inputs, targets, mask = (part.to(device) for part in batch)  # B T
+                inputs, targets, mask = (part.to(device) for part in data.collate([rows[i] for i in chosen]))  # B T
                 parts = [part[mask] for part in (*net(inputs, loops=config.loops), targets)]  # N L D, N L, N
-                loop_logits = net.config.vocab_size * parts[1].shape[-1]
-                columns = chunked(score_at_exit, *parts, logits_per_token=loop_logits)
-                by_row = [column.cpu().split([asked[i] for i in chosen]) for column in columns]
+                columns = chunked(score_at_exit, *parts, logits_per_token=parts[1].shape[-1] * net.config.vocab_size)
+                by_row = [column.cpu().split(mask.sum(1).tolist()) for column in columns]
                 for i, logp, greedy, loops in zip(chosen, *by_row, strict=True):
                     scores[i] = logp.sum().item(), bool(greedy.all())
                     self.loops.setdefault(self.asked[i], []).extend(loops.tolist())
@@ -113,36 +103,32 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
 
         def generate_until(self, requests, **_) -> list[str]:
             asked = [normalize_gen_kwargs(request.args[1], config.max_tokens) for request in requests]
-            for how in asked:
+            groups: dict[str, list[int]] = {}  # what may be generated side by side
+            for i, how in enumerate(asked):
+                groups.setdefault(repr(how), []).append(i)
                 if how.get("top_k"):
                     raise UserError(f"a task asks for top_k {how['top_k']}, which is unknown here: leave the task out")
-                if how["do_sample"] and not how.get("temperature"):
-                    how["temperature"] = 1.0
-            prompts = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-            room = [max(1, most - how["max_gen_toks"]) for how in asked]
-            if cut := sum(len(p) > n for p, n in zip(prompts, room, strict=True)):
-                note = f"{cut} of {len(prompts)} prompts lose their start: {most} positions hold no more"
-                runtime.console.print(note)
-            prompts = [p[-n:] for p, n in zip(prompts, room, strict=True)]
+            whole = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+            prompts = [ids[-max(1, most - how["max_gen_toks"]) :] for ids, how in zip(whole, asked, strict=True)]
+            if cut := sum(len(p) < len(w) for p, w in zip(prompts, whole, strict=True)):
+                console.print(f"{cut} of {len(prompts)} prompts lose their start: {most} positions hold no more")
             bar = iter(runtime.progress_bar(range(len(prompts)), "generating"))  # a step for each answer
-
             answers = [""] * len(prompts)
-            for how in {repr(how): how for how in asked}.values():
-                # What may be generated side by side, longest prompt first
-                group = sorted((i for i, other in enumerate(asked) if other == how), key=lambda i: -len(prompts[i]))
-                until, ids = [stop for stop in how["until"] if stop], [[] for _ in group]
+            for group in groups.values():
+                group.sort(key=lambda i: -len(prompts[i]))
+                how, ids = asked[group[0]], [[] for _ in group]
+                until, limit = [stop for stop in how["until"] if stop], how["max_gen_toks"]
                 tail = 8 + 4 * max(map(len, until), default=0)  # tokens that may hold the end of a stop text
 
-                def done(row: int, tokens: list[int], until=until, tail=tail, limit=how["max_gen_toks"]) -> bool:
+                def done(row: int, tokens: list[int], until=until, tail=tail, limit=limit) -> bool:
                     end = tokenizer.decode(tokens[-tail:], skip_special_tokens=False)
-                    ended = tokens[-1] in stops or any(stop in end for stop in until) or len(tokens) == limit
-                    if ended:
+                    if ended := tokens[-1] in stops or any(stop in end for stop in until) or len(tokens) == limit:
                         next(bar, None)
                     return ended
 
                 flags = {"exit": exit, "loops": config.loops, "cache": config.cache, "batch": config.batch}
-                flags |= {"temperature": how.get("temperature") or 0.0, "top_p": how.get("top_p") or 1.0}
-                flags |= {"max_tokens": how["max_gen_toks"], "seeds": [f"{config.seed}/{i}" for i in group]}
+                flags |= {"max_tokens": limit, "temperature": how.get("temperature") or float(how["do_sample"])}
+                flags |= {"top_p": how.get("top_p") or 1.0, "seeds": [f"{config.seed}/{i}" for i in group]}
                 for token in generate(net, [prompts[i] for i in group], done=done, **flags):
                     ids[token.row].append(token.id)
                     self.loops.setdefault(requests[group[token.row]].task_name, []).append(token.loops)
@@ -158,8 +144,7 @@ def main() -> None:
     config = tyro.cli(HarnessConfig, description=__doc__, prog="python -m lab.harness")
     config.check()
     try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks
     except ImportError as error:
         raise UserError(f"the harness is not installed ({error}): pip install lm_eval") from error
     net, tokenizer = load_with_tokenizer(config.folder, runtime.pick_device(config.device), config.dtype)
@@ -169,11 +154,10 @@ def main() -> None:
         text.chat_prompts(tokenizer, [""])  # refuses a tokenizer without its tokens
     exit = config.exit_rule(net.config.exit_threshold)
     names = [name.strip() for name in config.tasks.split(",") if name.strip()]
-    manager = TaskManager(include_path=config.include_path and str(config.include_path))
-    unknown, names = [name for name in names if not manager.match_tasks([name])], manager.match_tasks(names)
-    if unknown or not names:
-        problem = f"--tasks {config.tasks}: no task is called {', '.join(unknown) or 'that'}"
-        raise UserError(f"{problem}; see lm-eval ls tasks")
+    manager = lm_eval.tasks.TaskManager(include_path=config.include_path and str(config.include_path))
+    wrong, names = [name for name in names if not manager.match_tasks([name])], manager.match_tasks(names)
+    if wrong or not names:
+        raise UserError(f"--tasks {config.tasks}: no task is called {', '.join(wrong) or 'that'}; see lm-eval ls tasks")
     lm = harness_model(net, tokenizer, exit, config)
     how = {"num_fewshot": config.num_fewshot, "limit": config.limit, "apply_chat_template": config.chat}
     try:
@@ -186,13 +170,11 @@ def main() -> None:
         mean = sum(loops) / len(loops) if loops else None
         numbers = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
         scores[task] = numbers | {"loops": mean, "tokens": len(loops)}
-        for name, value in numbers.items():
-            metric, _, filtered = name.partition(",")
-            if not metric.endswith("_stderr") and "," in name:
-                spread = numbers.get(f"{metric}_stderr,{filtered}")
-                score = f"{value:.4f}" if spread is None else f"{value:.4f} ± {spread:.4f}"
-                what = metric if filtered == "none" else f"{metric} ({filtered})"
-                rows.append((f"{task}: {what}", score, "–" if mean is None else f"{mean:.2f}"))
+        for metric, filtered in (name.split(",", 1) for name in numbers if "," in name and "_stderr," not in name):
+            value, error = numbers[f"{metric},{filtered}"], numbers.get(f"{metric}_stderr,{filtered}")
+            score = f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+            what = metric if filtered == "none" else f"{metric} ({filtered})"
+            rows.append((f"{task}: {what}", score, "–" if mean is None else f"{mean:.2f}"))
     runtime.print_table(f"{config.folder}, exit {rule}", ("task", "score", "loops"), rows)
     if config.out:
         result = {"harness": scores, "exit": rule, "cache": config.cache, "seed": config.seed}

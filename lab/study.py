@@ -33,13 +33,10 @@ from support.ranges import NonNegative, Positive, flag, flatten_config, require_
 from support.runs import FOLDER
 from support.runtime import Precision, UserError, console
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What is trained
-
 EXACT = "--paper --rpt.estimator exact --rpt.rollouts 1"
 NEXT_TOKEN = f"{EXACT} --rpt.floor 1 --rpt.pg-weight 0 --rpt.kl-weight 0 --rpt.ent-weight 0"
 STAGE_I = f"{EXACT} --rpt.rep-bonus 0 --rpt.noise-std 0 --rpt.lambda-base 0 --rpt.kl-weight 0 --rpt.ent-weight 0.1"
-VARIANTS = {  # stage, which of the track's learning rates, and flags
+VARIANTS = {  # stage, which of the learning rates, and flags
     "base": ("pretrain", "ours", ""),
     "next-token": ("rpt", "control", f"{NEXT_TOKEN} --rpt.rho 1"),
     "next-token-hard": ("rpt", "paper", NEXT_TOKEN),
@@ -48,7 +45,7 @@ VARIANTS = {  # stage, which of the track's learning rates, and flags
     "stage-2": ("gate", "ours", ""),
     "sampled": ("rpt", "paper", "--paper"),
     "exact": ("rpt", "paper", EXACT),
-    "gate-only": ("rpt", "gate", f"{EXACT} --rpt.rep-weight 0 --rpt.gate-only"),
+    "gate-only": ("rpt", "ours", f"{EXACT} --rpt.rep-weight 0 --rpt.gate-only --rpt.lr 1e-2"),
     "rep-only": ("rpt", "paper", f"{EXACT} --rpt.pg-weight 0"),
     "no-rep-no-entropy": ("rpt", "paper", f"{EXACT} --rpt.rep-weight 0 --rpt.ent-weight 0"),
     "no-selection": ("rpt", "paper", f"{EXACT} --rpt.rho 1"),
@@ -61,23 +58,11 @@ VARIANTS = {  # stage, which of the track's learning rates, and flags
     "looprpt-no-policy": ("rpt", "ours", "--rpt.pg-weight 0"),
     "looprpt-no-price": ("rpt", "ours", "--rpt.lambda-base 0"),
 }
-TEXT = "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json"  # {0}: folder of the study
-TRACKS = {  # flags of all runs
+RATES = {"control": "3e-4", "paper": "1e-4"}  # on text, where not the default; LOG.md says how they were chosen
+TRACKS = {  # flags of all runs; {0}: folder of the study
     "demo": "--gate.steps 500",
-    "text": f"{TEXT} --data.length 256 --model.layers 2 --model.width 192 --train.batch 8 "
-    "--train.compile on --pretrain.steps 2000 --rpt.steps 200 --gate.steps 200",
-    "gpu": f"{TEXT} --data.length 512 --model.layers 8 --model.width 768 --model.heads 12 --train.batch 64 "
-    "--pretrain.steps 2000 --pretrain.lr 1e-3 --rpt.steps 200 --gate.steps 200",
-}
-RATES = {  # learning rates, where not the defaults; LOG.md says how those of text were chosen
-    "demo": {"gate": "1e-2"},
-    "text": {"gate": "1e-2", "control": "3e-4", "paper": "1e-4"},
-    "gpu": {"gate": "1e-2", "control": "3e-4", "paper": "1e-4", "ours": "3e-4"},
-}
-FILES = {  # of --texts: what is trained on, what the tokenizer is learned from, what is reported
-    "text": {"train": ("gsm8k_train",), "words": ("gsm8k_train", "omni_train"), "test": ("gsm8k_test_1019",)},
-    "gpu": {"train": ("gsm8k_train", "omni_train"), "words": ("gsm8k_train", "omni_train", "books_train")}
-    | {"test": ("gsm8k_test_1019",)},
+    "text": "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json --data.length 256 --model.layers 2 "
+    "--model.width 192 --train.batch 8 --train.compile on --pretrain.steps 2000 --rpt.steps 200 --gate.steps 200",
 }
 NOT_COMPARED = ("out", "init", "resume", "device", "precision", "paper", "model.vocab_size", "model.eos_token_id")
 COMPARED_BUCKETS = ("all", "hard")  # in which variants are compared with each other
@@ -86,13 +71,11 @@ BASELINES = ("base", "stage-1", "sampled", "exact")  # what each variant is comp
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """What is trained and scored, and where."""
-
-    track: Literal["demo", "text", "gpu"] = "demo"  # the built-in task, text on two cores, text on a GPU
+    track: Literal["demo", "text"] = "demo"  # the built-in task, or GSM8K
     seeds: Positive = 3  # number of bases
     start: NonNegative = 0  # seed of the first; several processes can share a study, each with seeds of its own
     only: tuple[str, ...] = ()  # of the variants (none: all)
-    texts: Path = Path("../shared/data")  # folder of gsm8k_train, gsm8k_test_1019, omni_train (and books_train) .jsonl
+    texts: Path = Path("../shared/data")  # folder of gsm8k_train, gsm8k_test_1019, omni_train .jsonl
     out: Path | None = None  # folder of the runs (none: out/study-TRACK)
     results: Path | None = None  # folder of the result files (none: results/TRACK)
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
@@ -107,7 +90,8 @@ def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
     results = config.results or Path("results") / config.track
     runtime.make_folder(folder)
     runtime.make_folder(results)
-    prepare_texts(config, folder)
+    if config.track == "text":
+        prepare_texts(config.texts, folder)
     for seed in range(config.start, config.start + config.seeds):
         base_scores = None  # they say which tokens each bucket holds
         for name in names:
@@ -136,16 +120,16 @@ def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
     compare_variants(config, folder, results)
 
 
-def prepare_texts(config: StudyConfig, folder: Path) -> None:
-    """Write the files of a text track and its tokenizer. Raises UserError for a file that is missing."""
-    for name, sources in FILES.get(config.track, {}).items():
+def prepare_texts(texts: Path, folder: Path) -> None:
+    """Write what is trained on, what the tokenizer is learned from, what is reported, and the tokenizer itself."""
+    files = {"train": ("gsm8k_train",), "words": ("gsm8k_train", "omni_train"), "test": ("gsm8k_test_1019",)}
+    for name, sources in files.items():
         if not (folder / f"{name}.jsonl").exists():
-            pairs = [pair for file in sources for pair in text.read_documents(config.texts / f"{file}.jsonl")]
+            pairs = [pair for file in sources for pair in text.read_documents(texts / f"{file}.jsonl")]
             lines = [json.dumps({"prompt": prompt or "", "response": answer}) + "\n" for prompt, answer in pairs]
             checkpoint.write_atomic(folder / f"{name}.jsonl", "".join(lines))
-    if config.track in FILES and not (folder / "tokenizer.json").exists():
-        vocab = 2048 if config.track == "text" else 8192
-        text.train_tokenizer(folder / "words.jsonl", vocab, folder / "tokenizer.json")
+    if not (folder / "tokenizer.json").exists():
+        text.train_tokenizer(folder / "words.jsonl", 2048, folder / "tokenizer.json")
 
 
 @functools.cache
@@ -159,20 +143,25 @@ def command(config: StudyConfig, folder: Path, seed: int, name: str) -> list[str
     """Flags of looprpt.py for a run of the study."""
     stage, rate, flags = VARIANTS[name]
     start = ["--init", str(folder / f"seed-{seed}" / "base" / "base")] if name != "base" else []
-    shared = [part.format(folder) for part in TRACKS[config.track].split()]
+    shared = [*(x.format(folder) for x in TRACKS[config.track].split()), "--seed", str(seed), "--device", config.device]
     if config.track == "text" and runtime.pick_device(config.device).type == "cpu":
         shared += ["--precision", fast_precision()]
-    lr = ["--rpt.lr", RATES[config.track][rate]] if rate in RATES[config.track] else []
-    shared += ["--seed", str(seed), "--device", config.device]
+    lr = ["--rpt.lr", RATES[rate]] if config.track == "text" and rate in RATES else []
     return ["--objective", stage, *start, *shared, *flags.split(), *lr, "--out", str(folder / f"seed-{seed}" / name)]
 
 
 def train_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> bool:
-    """Train a variant by looprpt.py, from its last state if it was cut off. False if it was stopped."""
+    """Train a variant by looprpt.py, from its last state if it was cut off. False if it was stopped. Raises UserError
+    if the run in its folder was trained with other flags; those of other stages don't matter."""
     flags = command(config, folder, seed, name)
     asked = looprpt.parse(flags)
     if (asked.folder / "run.json").exists():
-        require_same_training(asked)
+        recorded = looprpt.parse(["--out", str(asked.folder), "--resume"])
+        given, saved = (flatten_config(replace(c, model=c.model.resolved())) for c in (asked, recorded))
+        ignored = (*NOT_COMPARED, *(f"{stage}." for stage in FOLDER if stage not in asked.objective))
+        if changed := [key for key in given if given[key] != saved[key] and not key.startswith(ignored)]:
+            others = ", ".join(f"{flag(key, saved[key])} instead of {given[key]}" for key in changed)
+            raise UserError(f"{asked.folder} was trained with {others}: move it away, or give another --out")
         flags.append("--resume")
     trained = asked.folder / FOLDER[VARIANTS[name][0]]
     if trained.exists():
@@ -189,26 +178,14 @@ def train_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> bo
     return trained.exists() and not stop
 
 
-def require_same_training(asked: looprpt.Config) -> None:
-    """Raise UserError if the run in this folder was trained with other flags; those of other stages don't matter."""
-    recorded = looprpt.parse(["--out", str(asked.folder), "--resume"])
-    given, saved = (flatten_config(replace(c, model=c.model.resolved())) for c in (asked, recorded))
-    ignored = (*NOT_COMPARED, *(f"{stage}." for stage in FOLDER if stage not in asked.objective))
-    if changed := [key for key in given if given[key] != saved[key] and not key.startswith(ignored)]:
-        flags = ", ".join(f"{flag(key, saved[key])} instead of {given[key]}" for key in changed)
-        raise UserError(f"{asked.folder} was trained with {flags}: move it away, or give another --out")
-
-
 def score_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> eval.Scores:
     """Score a model on the rows that the track reports on; in float32 on a CPU, in bfloat16 on a GPU."""
-    trained = folder / f"seed-{seed}" / name / FOLDER[VARIANTS[name][0]]
-    rows, settings = None, looprpt.parse(command(config, folder, seed, "base")).data
+    trained, rows = folder / f"seed-{seed}" / name / FOLDER[VARIANTS[name][0]], None
+    settings, device = looprpt.parse(command(config, folder, seed, "base")).data, runtime.pick_device(config.device)
     if settings.path:
-        settings = replace(settings, path=folder / "test.jsonl")
-        rows, notes = data.encode(settings.path, data.pick_tokenizer(settings, trained), settings)
+        rows, notes = data.encode(folder / "test.jsonl", data.pick_tokenizer(settings, trained), settings)
         runtime.print_notes(notes)
     source = data.source(rows, settings, batch=eval.EvalConfig.batch, seed="study", held_out=True)
-    device = runtime.pick_device(config.device)
     return eval.score(checkpoint.load(trained, device), source, device=device)
 
 
@@ -221,8 +198,7 @@ def compare_variants(config: StudyConfig, folder: Path, results: Path) -> None:
             name, seed = path.parts[-2], int(path.parts[-3].removeprefix("seed-"))
             if (results / f"{name}-{seed}.json").exists():
                 sums = load_file(path)
-                tally = eval.Tally(*(sums[f"{bucket}.{key}"] for key in eval.Tally._fields))
-                tallies[name][seed] = tally.bootstrapped()
+                tallies[name][seed] = eval.Tally(*(sums[f"{bucket}.{k}"] for k in eval.Tally._fields)).bootstrapped()
         for a, b in itertools.permutations(tallies, 2):
             shared = sorted(tallies[a].keys() & tallies[b].keys())
             drawn = [(tallies[a][seed], tallies[b][seed]) for seed in shared]
@@ -238,7 +214,6 @@ def write_result(path: Path, config: StudyConfig, **content) -> None:
     checkpoint.write_atomic(path, json.dumps(rounded) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Tables and pictures, from the result files alone
 
 Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(help="what `python -m lab.study run` wrote")]
@@ -247,9 +222,7 @@ Bucket = Annotated[str, tyro.conf.arg(help="all, easy, medium or hard")]
 
 def load_study(paths: Sequence[Path], bucket: str, curves: bool) -> tuple[dict[str, list[dict]], dict]:
     """Each variant's runs (what a result file holds, and the scores in a bucket), and the differences between variants.
-
-    Raises UserError for files that are not of one study, not of the same seeds, or lack curves that are needed.
-    """
+    Raises UserError for files that are not of one study, not of the same seeds, or lack curves that are needed."""
     results, differences, tracks = defaultdict(list), {}, set()
     remedy = "give the files of one folder, results/demo/*.json"
     for path in paths:
@@ -270,11 +243,10 @@ def load_study(paths: Sequence[Path], bucket: str, curves: bool) -> tuple[dict[s
         problem = f"the files are of {' and '.join(sorted(tracks))}" if results else "no run's file was given"
         raise UserError(f"{problem}: {remedy}")
     seeds = {name: sorted(run["seed"] for run in each) for name, each in results.items()}
-    first = next(iter(seeds))
+    first, usual = next(iter(seeds.items()))
     for name, given in seeds.items():
-        if given != seeds[first] or len({*given}) < len(given):
-            problem = f"{name} has the seeds {given}, {first} has {seeds[first]}"
-            raise UserError(f"{problem}: give one file for each seed of each")
+        if given != sorted({*usual}):
+            raise UserError(f"{name} has the seeds {given}, {first} has {usual}: give one file for each seed of each")
     return {name: results[name] for name in dict.fromkeys([*VARIANTS, *results]) if name in results}, differences
 
 
@@ -306,41 +278,35 @@ def table(
     at_loops: Annotated[tuple[float, ...], tyro.conf.arg(help="instead, accuracy at these average loops")] = (),
     rules: Annotated[tuple[str, ...], tyro.conf.arg(help="there, by these exit rules only (none: all)")] = (),
 ) -> None:
-    """A study as Markdown: accuracy in % after each loop and at exit threshold 0.5, average loops there, mean accuracy
-    under the curve, and how far looprpt is ahead at its own average loops (95 % interval); means over the seeds."""
+    """A study as Markdown: accuracy in % after each loop and at exit threshold 0.5, average loops, mean accuracy under
+    the curve, and how far looprpt is ahead at its own average loops (95 % interval); means over the seeds."""
     if rules and not at_loops:
         raise UserError("--rules is for accuracy at numbers of loops: give --at-loops too, --at-loops 1.5 2 3")
     results, differences = load_study(files, bucket, curves=bool(at_loops))
     results = {name: results[name] for name in select(only, results, "--only")}
     heads, *rows = loops_table(results, at_loops, rules) if at_loops else study_table(results, differences)
-    print(f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", sep="\n")
-    print(*(f"| {' | '.join(row)} |" for row in rows), sep="\n")
+    print(f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows), sep="\n")
     first, every = next(iter(results.values())), [run for each in results.values() for run in each]
     seeds, tokens = ", ".join(str(run["seed"]) for run in first), " / ".join(f"{run['tokens']:,}" for run in first)
-    trained, scored = (
-        ", ".join(sorted({made["commit"][:7] for made in records if made["commit"]})) or "unknown"
-        for records in ([run["trained"] for run in every], every)
-    )
+    made = [run["trained"] for run in every], every
+    trained, scored = (", ".join(sorted({x["commit"][:7] for x in xs if x["commit"]})) or "unknown" for xs in made)
     print(f"\nSeeds {seeds}; {tokens} tokens ({bucket}); trained at commit {trained}, scored at {scored}.")
 
 
 def study_table(results: dict[str, list[dict]], differences: dict) -> list[list[str]]:
     """Heads, and a row for each variant."""
-    first = next(iter(results.values()))
-    seeds, loops = sorted(run["seed"] for run in first), len(first[0]["by_loop"])
-    heads = ("at q = 0.5", "loops there", "area", "looprpt ahead by")
-    rows = [["", *(f"loop {i + 1}" for i in range(loops)), *heads]]
+    loops = [f"loop {i + 1}" for i in range(len(next(iter(results.values()))[0]["by_loop"]))]
+    rows = [["", *loops, "threshold 0.5", "average loops", "area", "looprpt ahead by"]]
     for name, each in results.items():
         average_loops, accuracy = zip(*map(at_threshold_half, each), strict=True)
         by_loop = zip(*(run["by_loop"] for run in each), strict=True)
         row = [name, *(mean_std(values, 1, 100) for values in (*by_loop, accuracy)), mean_std(average_loops, 2)]
-        row.append(mean_std([run.get("area", {}).get("gate") for run in each], 1, 100))
         lead, cell = differences.get(f"looprpt - {name}", {}), "" if name == "looprpt" else "–"
-        if lead.get("seeds") == seeds:
+        if lead.get("seeds") == sorted(run["seed"] for run in each):
             _, low, high = lead["matched gate"]
             sign = "+" if sum(lead["each"]) >= 0 else ""
             cell = f"{sign}{mean_std(lead['each'], 2, 100)} [{100 * low:+.2f}, {100 * high:+.2f}]"
-        rows.append([*row, cell])
+        rows.append([*row, mean_std([run.get("area", {}).get("gate") for run in each], 1, 100), cell])
     return rows
 
 
@@ -362,10 +328,7 @@ STYLES = {  # of lines: colours that the colour-blind tell apart, markers that d
     "base": ("#000000", "o-"),
     "next-token": ("#999999", "v:"),
     "stage-1": ("#0072B2", "s--"),
-    "stage-2": ("#56B4E9", "D-."),
-    "gate-only": ("#CC79A7", "X:"),
     "sampled": ("#E69F00", "^--"),
-    "exact": ("#009E73", "P-."),
     "looprpt": ("#D55E00", "*-"),
 }
 
@@ -376,8 +339,7 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
         from matplotlib.figure import Figure
     except ImportError as error:
         raise UserError(f"pictures need matplotlib ({error}): pip install -r requirements.txt") from error
-    results, _ = load_study(files, bucket, curves=True)
-    results = {name: each for name, each in results.items() if name in STYLES}
+    results = {name: each for name, each in load_study(files, bucket, curves=True)[0].items() if name in STYLES}
     if not results:
         raise UserError(f"nothing to draw: it takes runs of {', '.join(STYLES)}")
     runtime.make_folder(out)
@@ -387,7 +349,7 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
         ("exits", 1, "loop", "tokens that exit after it, in %, threshold 0.5"),
     ):
         figure = Figure(figsize=(2 + 5 * panels, 4), layout="constrained")
-        axes = figure.subplots(1, panels, squeeze=False)[0]
+        axes = figure.subplots(1, panels, squeeze=False, subplot_kw={"xlabel": xlabel})[0]
         for ax, (i, name) in itertools.product(axes, enumerate(results)):
             color, line = STYLES[name]
             if picture == "pareto":
@@ -398,7 +360,6 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
                 ax.set_xticks([k for k, _ in points[0]])
             x, y = torch.tensor(points).mean(0).T
             ax.plot(x, 100 * y, line, color=color, markersize=3 if picture == "pareto" else 6, label=name)
-            ax.set_xlabel(xlabel)
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(visible=True, alpha=0.3)
         if picture == "pareto":  # the second panel: around exit threshold 0.5
@@ -412,7 +373,7 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
 
 
 def main() -> None:
-    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table, "plot": plot})
+    tyro.extras.subcommand_cli_from_dict({"run": run, "table": table, "plot": plot}, prog="python -m lab.study")
 
 
 if __name__ == "__main__":

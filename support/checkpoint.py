@@ -4,83 +4,59 @@ python -m support.checkpoint export IN OUT --dtype bf16     writes a checkpoint 
 """
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import reduce
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tyro.conf import Positional
 
 from model import LoopedTransformer, ModelConfig
 from support.processes import full_tensor, is_writer
 from support.runtime import DTYPES, DType, UserError, run_cli
 
-
-def are_tokens(ids: list) -> bool:
-    return ids != [] and all(type(i) is int and i >= 0 for i in ids)
-
-
-# What the value of a key must be, in words and as a function
-COUNT = "a whole number above 0", lambda x: type(x) is int and x > 0
-COUNT_OR_NULL = "a whole number above 0, or null", lambda x: x is None or COUNT[1](x)
-POSITIVE = "a number above 0", lambda x: type(x) in (int, float) and 0 < x < math.inf
-SHARE = "a number from 0 to 1", lambda x: type(x) in (int, float) and 0 <= x <= 1
-BOOLEAN = "true or false", lambda x: isinstance(x, bool)
-TOKENS = "a token's number, or null", lambda x: x is None or are_tokens(x if isinstance(x, list) else [x])
-CONFIG_KEYS = {  # Ouro's name: ours, and what it can be
-    "num_hidden_layers": ("layers", COUNT),
-    "total_ut_steps": ("loops", COUNT),
-    "hidden_size": ("width", COUNT),
-    "num_attention_heads": ("heads", COUNT),
-    "num_key_value_heads": ("kv_heads", COUNT_OR_NULL),
-    "intermediate_size": ("ffn", COUNT),
-    "head_dim": ("head_dim", COUNT_OR_NULL),
-    "vocab_size": ("vocab_size", COUNT),
-    "max_position_embeddings": ("max_positions", COUNT),
-    "rope_theta": ("rope_theta", POSITIVE),
-    "rms_norm_eps": ("rms_norm_eps", POSITIVE),
-    "initializer_range": ("init_std", POSITIVE),
-    "tie_word_embeddings": ("tied", BOOLEAN),
-    "bos_token_id": ("bos_token_id", TOKENS),
-    "eos_token_id": ("eos_token_id", TOKENS),
-    "early_exit_threshold": ("exit_threshold", SHARE),
-}
-NEEDED = ("layers", "loops", "width", "heads", "ffn", "vocab_size")  # the shape; the rest has Ouro's defaults
-ARCHITECTURE = {  # what a configuration says of the computation; ours does just this
-    "model_type": "ouro",
-    "architectures": ["OuroForCausalLM"],
-    "hidden_act": "silu",
-    "rope_scaling": None,
-    "attention_dropout": 0.0,
-    "use_sliding_window": False,
-}
+# Ouro's names of our fields; the shape is needed, the rest has Ouro's defaults
+SHAPE = {"num_hidden_layers": "layers", "total_ut_steps": "loops", "hidden_size": "width", "vocab_size": "vocab_size"}
+SHAPE |= {"num_attention_heads": "heads", "intermediate_size": "ffn"}
+COUNTS = SHAPE | {"max_position_embeddings": "max_positions"}
+HEADS = {"num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
+SCALES = {"rope_theta": "rope_theta", "rms_norm_eps": "rms_norm_eps", "initializer_range": "init_std"}
+SHARES = {"early_exit_threshold": "exit_threshold"}
+TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
+RULES = (  # what their values must be, in words and as a function
+    ("a whole number above 0", lambda x: type(x) is int and x > 0, COUNTS),
+    ("a whole number above 0, or null", lambda x: x is None or (type(x) is int and x > 0), HEADS),
+    ("a number above 0", lambda x: type(x) in (int, float) and 0 < x < torch.inf, SCALES),
+    ("a number from 0 to 1", lambda x: type(x) in (int, float) and 0 <= x <= 1, SHARES),
+    ("true or false", lambda x: isinstance(x, bool), {"tie_word_embeddings": "tied"}),
+    ("a token's number, or null", lambda x: x is None or are_tokens(x if isinstance(x, list) else [x]), TOKENS),
+)
+CONFIG_KEYS = {key: (ours, rule, holds) for rule, holds, names in RULES for key, ours in names.items()}
+# What a configuration says of the computation; ours does just this
+ARCHITECTURE = {"model_type": "ouro", "architectures": ["OuroForCausalLM"], "hidden_act": "silu", "rope_scaling": None}
+ARCHITECTURE |= {"attention_dropout": 0.0, "use_sliding_window": False}
 NOT_OURO = {"rope_type": "default", "quantization_config": None, "attention_bias": False}  # and no key of it
-PUBLISHED = "ByteDance/Ouro-1.4B--{}"  # the code of all sizes
-FOR_OTHERS = {  # what only other programs read
-    "auto_map": {
-        "AutoConfig": PUBLISHED.format("configuration_ouro.OuroConfig"),
-        "AutoModel": PUBLISHED.format("modeling_ouro.OuroModel"),
-        "AutoModelForCausalLM": PUBLISHED.format("modeling_ouro.OuroForCausalLM"),
-    },
-    "sliding_window": None,
-    "use_cache": True,
-    "transformers_version": "4.55.0",
-}
+# What only other programs read; the published code is the same for all sizes
+FOR_OTHERS = {"sliding_window": None, "use_cache": True, "transformers_version": "4.55.0"}
+PUBLISHED = {"AutoConfig": "configuration_ouro.OuroConfig", "AutoModel": "modeling_ouro.OuroModel"}
+PUBLISHED |= {"AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM"}
+FOR_OTHERS["auto_map"] = {kind: f"ByteDance/Ouro-1.4B--{name}" for kind, name in PUBLISHED.items()}
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # larger checkpoints are split
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 GENERATION = "generation_config.json"
 COMPANIONS = f"""{GENERATION} tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     merges.txt chat_template.jinja""".split()  # what else a folder holds, copied as it is
+
+
+def are_tokens(ids: list) -> bool:
+    return ids != [] and all(type(i) is int and i >= 0 for i in ids)
 
 
 def ouro_name(name: str) -> str:
@@ -91,9 +67,7 @@ def ouro_name(name: str) -> str:
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` at the end, complete and on the disk, or not at all.
-
-    Raises UserError if the folder is there already, or can't be written; what was saved before is left as it is.
-    """
+    Raises UserError if the folder is there already, or can't be written; what was saved before is left as it is."""
     if not is_writer():
         yield folder
         return
@@ -123,15 +97,11 @@ def fsync(path: Path) -> None:
 
 def save(model: LoopedTransformer, folder: Path, tokenizer=None, *, dtype=None, source: Path | None = None) -> None:
     """Write a checkpoint folder, complete or not at all. Every process of a sharded model takes part, one writes.
-
     tokenizer  a tokenizers.Tokenizer, saved with the weights (default: the files of the one in `source`)
     dtype      a torch.dtype for the weights in the file (default: as they are)
-    source     a checkpoint folder whose generation settings are copied
-    Raises UserError if the folder is there already, or can't be written.
-    """
-    c, shape = model.config, asdict(model.config)
-    dtype = dtype or model.embed_tokens.weight.dtype
-    config = ARCHITECTURE | FOR_OTHERS | {key: shape[ours] for key, (ours, _) in CONFIG_KEYS.items()}
+    source     a checkpoint folder whose generation settings are copied"""
+    c, dtype = model.config, dtype or model.embed_tokens.weight.dtype
+    config = ARCHITECTURE | FOR_OTHERS | {key: getattr(c, ours) for key, (ours, *_) in CONFIG_KEYS.items()}
     config |= {"layer_types": ["full_attention"] * c.layers, "torch_dtype": str(dtype).removeprefix("torch.")}
     with atomic_folder(folder) as temporary:
         save_weights({ouro_name(name): p.detach() for name, p in model.named_parameters()}, temporary, dtype)
@@ -144,37 +114,31 @@ def save(model: LoopedTransformer, folder: Path, tokenizer=None, *, dtype=None, 
         if tokenizer is not None:
             tokenizer.save(str(temporary / "tokenizer.json"))
             first = c.eos_token_id[0] if isinstance(c.eos_token_id, tuple) else c.eos_token_id
-            end = None if first is None else tokenizer.id_to_token(first)
-            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end}
-            settings["clean_up_tokenization_spaces"] = False
+            settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            settings["eos_token"] = None if first is None else tokenizer.id_to_token(first)
             (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
     """One model.safetensors, or files of at most SHARD_BYTES and their index; one file at a time is gathered."""
-    parts, room = [[]], SHARD_BYTES
-    for name, weight in weights.items():
-        size = weight.numel() * dtype.itemsize
+    sizes = {name: weight.numel() * dtype.itemsize for name, weight in weights.items()}
+    parts, room, where = [[]], SHARD_BYTES, {}
+    for name, size in sizes.items():
         if parts[-1] and size > room:
-            parts.append([])
-            room = SHARD_BYTES
+            parts, room = [*parts, []], SHARD_BYTES
         parts[-1].append(name)
         room -= size
-    n = len(parts)
-    files = [f"model-{i:05}-of-{n:05}.safetensors" if n > 1 else "model.safetensors" for i in range(1, n + 1)]
-    for names, file in zip(parts, files, strict=True):
-        gathered = {}
-        for name in names:
-            weight = full_tensor(weights[name])
-            if is_writer():
-                gathered[name] = weight.to("cpu", dtype).contiguous()
+    for number, names in enumerate(parts, 1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
+        where |= dict.fromkeys(names, file)
+        gathered = ((name, full_tensor(weights[name])) for name in names)  # by all processes, one at a time
+        tensors = {name: weight.to("cpu", dtype).contiguous() for name, weight in gathered if is_writer()}
         if is_writer():
-            save_file(gathered, folder / file, metadata={"format": "pt"})
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, folder / file, metadata={"format": "pt"})
             (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library writes it for its owner alone
-    if n > 1 and is_writer():
-        total = sum(w.numel() for w in weights.values()) * dtype.itemsize
-        where = {name: file for names, file in zip(parts, files, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    if len(parts) > 1 and is_writer():
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -207,29 +171,23 @@ def load_config(folder: Path) -> ModelConfig:
         if not folder.exists():
             what = f"is not there (to download: hf download ORGANISATION/NAME --local-dir {folder})"
         raise UserError(f"{folder} is not a checkpoint folder: it {what}")
-    config, rope = read_json(path), {}
-    if isinstance(config.get("rope_parameters"), dict):  # where transformers 5 writes them
-        rope = config["rope_parameters"]
-    config = {key: rope[key] for key in ("rope_theta", "rope_type") if key in rope} | config
+    config = read_json(path)
+    if isinstance(rope := config.get("rope_parameters"), dict):  # where transformers 5 writes them
+        config = {key: rope[key] for key in ("rope_theta", "rope_type") if key in rope} | config
     types = config.get("layer_types") or []
     layer_types = sorted({*types} - {"full_attention"}) if isinstance(types, list) else types
     given = ARCHITECTURE | NOT_OURO | {"model_type": None} | config | {"layer_types": layer_types}
     for key, ours in (ARCHITECTURE | NOT_OURO | {"layer_types": []}).items():
         if given[key] != ours:
             raise UserError(f"{path} says {key} {given[key]!r}: only Ouro's {ours or 'full_attention'!r} is known here")
-    return parse_config(config, path)
-
-
-def parse_config(config: dict, path: Path) -> ModelConfig:
-    """Ours from Ouro's keys. Raises UserError for one that is missing, or has a value that it can't have."""
-    if missing := [key for key, (ours, _) in CONFIG_KEYS.items() if ours in NEEDED and key not in config]:
+    if missing := [key for key in SHAPE if key not in config]:
         raise UserError(f"{path} lacks {', '.join(missing)}: restore the file")
     shape = {}
-    for key, (ours, (rule, holds)) in CONFIG_KEYS.items():
+    for key, (ours, rule, holds) in CONFIG_KEYS.items():
         value = config.get(key)
         if key in config and not holds(value):
             raise UserError(f"{path} says {key} {value!r}: it must be {rule}")
-        if key in config and not (value is None and ours in ("kv_heads", "head_dim")):
+        if key in config and not (value is None and key in HEADS):
             shape[ours] = tuple(value) if isinstance(value, list) else value
     try:
         return ModelConfig(**shape).resolved()
@@ -237,44 +195,31 @@ def parse_config(config: dict, path: Path) -> ModelConfig:
         raise UserError(f"{path} has a shape that no model can have ({error})") from error
 
 
-def weight_files(folder: Path) -> dict[str, list[str] | None]:
-    """The safetensors files of a checkpoint folder, and the keys that its index (if it has one) says each holds."""
-    if (folder / "model.safetensors").is_file():
-        return {"model.safetensors": None}
-    if not (folder / INDEX).is_file():
-        pickles = sorted(path.name for kind in PICKLES for path in folder.glob(kind))
-        if pickles:
-            problem = f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is loaded"
-            way_out = "convert it where that does no harm, with safetensors.torch.save_file"
-            raise UserError(f"{problem}: only safetensors are read; {way_out}")
-        raise UserError(f"{folder} has no model.safetensors: only safetensors checkpoints are read")
-    files: dict[str, list[str]] = {}
-    where = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"{folder / INDEX} has no weight_map of names to files: restore the file")
-    for key, file in where.items():
-        files.setdefault(file, []).append(key)
-    for file in files:
-        if Path(file).name != file or not (folder / file).is_file():
-            raise UserError(f"{folder / INDEX} names {file}, which is not in the folder: restore it")
-    return files
-
-
-def first_few(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more if names else "none"
-
-
 def index_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
     """The file of each tensor in a folder. Raises UserError for a damaged file, or another shape or type than ours."""
-    place = {}
-    for file, keys in weight_files(folder).items():
+    index, place = folder / INDEX, {}
+    files: dict[str, set[str] | None] = {"model.safetensors": None}  # what each holds, if an index says it
+    if not (folder / "model.safetensors").is_file() and index.is_file():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+            raise UserError(f"{index} has no weight_map of names to files: restore the file")
+        files = {file: {key for key in where if where[key] == file} for file in sorted({*where.values()})}
+    elif not (folder / "model.safetensors").is_file():
+        if pickles := sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind)):
+            problem = f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is loaded"
+            way_out = "only safetensors are read; convert it in a sandbox, by safetensors.torch.save_file"
+            raise UserError(f"{problem}: {way_out}")
+        raise UserError(f"{folder} has no model.safetensors: only safetensors checkpoints are read")
+    for file, keys in files.items():
         path = folder / file
+        if Path(file).name != file or not path.is_file():
+            raise UserError(f"{index} names {file}, which is not in the folder: restore it")
         with open_safetensors(path) as weights:
-            if keys is not None and {*keys} != {*weights.keys()}:
-                wrong = first_few(sorted({*keys} ^ {*weights.keys()}))
-                raise UserError(f"{folder / INDEX} and {path} disagree on {wrong}: restore both from a copy")
-            for key in weights.keys():  # noqa: SIM118  it is no dict
+            stored = {*weights.keys()}
+            if keys and keys != stored:
+                wrong = shorten(", ".join(sorted(keys ^ stored)), 200)
+                raise UserError(f"{index} and {path} disagree on {wrong}: restore both from a copy")
+            for key in sorted(stored):
                 place[key], part = path, weights.get_slice(key)
                 shape, kind = tuple(part.get_shape()), part.get_dtype()
                 if shape != shapes.get(key, shape):
@@ -284,34 +229,26 @@ def index_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
     return place
 
 
-def load(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = torch.float32
-) -> LoopedTransformer:
-    """The model in a checkpoint folder.
-
-    dtype  of the parameters (None: as stored)
-    Tensors are read one at a time from the mapped file, so little more is held than the model.
-    Raises UserError for a missing, damaged or foreign checkpoint.
-    """
-    config = load_config(folder)
+def load(folder: Path, device="cpu", dtype: torch.dtype | None = torch.float32) -> LoopedTransformer:
+    """The model in a checkpoint folder, in `dtype` (None: as stored). Raises UserError for a missing, damaged or
+    foreign one. Tensors are read one at a time from the mapped file, so little more is held than the model."""
     with torch.device("meta"):
-        model = LoopedTransformer(config)
-    names = {ouro_name(name): name for name, _ in model.named_parameters()}
+        model = LoopedTransformer(load_config(folder))
     shapes = {ouro_name(name): tuple(p.shape) for name, p in model.named_parameters()}
     place = index_tensors(folder, shapes)
-    if config.tied and {"lm_head.weight", "model.embed_tokens.weight"} <= place.keys():  # some writers keep the copy
-        head, embedding = (read_tensor(place[key], key) for key in ("lm_head.weight", "model.embed_tokens.weight"))
-        if not head.equal(embedding):
+    copies = ("lm_head.weight", "model.embed_tokens.weight")
+    if model.config.tied and place.keys() >= {*copies}:  # some writers keep both
+        if not torch.equal(*(read_tensor(place[key], key) for key in copies)):
             raise UserError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs: set it to false")
         del place["lm_head.weight"]
-    missing, extra = sorted(names.keys() - place.keys()), sorted(place.keys() - names.keys())
-    if missing or extra:
-        problem = f"missing {first_few(missing)}, extra {first_few(extra)}"
-        raise UserError(f"{folder} does not match its config.json: {problem}")
-    dtype = dtype or reduce(torch.promote_types, (read_tensor(place[key], key).dtype for key in names))
-    weights = {name: read_tensor(place[key], key).to(device, dtype, copy=True) for key, name in names.items()}
+    if shapes.keys() != place.keys():
+        wrong = (sorted(shapes.keys() - place.keys()), sorted(place.keys() - shapes.keys()))
+        missing, extra = (shorten(", ".join(names) or "none", 200) for names in wrong)
+        raise UserError(f"{folder} does not match its config.json: missing {missing}, extra {extra}")
+    dtype = dtype or reduce(torch.promote_types, (read_tensor(place[key], key).dtype for key in shapes))
+    weights = {key.removeprefix("model."): read_tensor(place[key], key).to(device, dtype, copy=True) for key in shapes}
     model.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own
-    if config.tied:
+    if model.config.tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model.requires_grad_()
 
@@ -335,20 +272,18 @@ def read_tensor(path: Path, key: str) -> Tensor:
         return file.get_tensor(key)
 
 
-def export(source: Positional[Path], out: Positional[Path], dtype: DType = "bf16") -> None:
+def export(source: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], dtype: DType = "bf16") -> None:
     """Write a checkpoint again: in another precision, in one file or in shards, with its tokenizer.
 
     Args:
         source: checkpoint folder to read.
         out: folder to write.
-        dtype: precision of the weights in the file.
-    """
-    if out.exists():
+        dtype: precision of the weights in the file."""
+    if out.exists():  # said before a large model is read
         raise UserError(f"{out} is there already: nothing saved is overwritten, give another folder")
     model = load(source, dtype=DTYPES[dtype])
     save(model, out, source=source)
-    size = sum(p.numel() for p in model.parameters())
-    print(f"{out}: {size:,} parameters in {dtype}, from {source}")
+    print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {dtype}, from {source}")
 
 
 if __name__ == "__main__":

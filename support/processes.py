@@ -11,11 +11,10 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from support.runtime import UserError, pick_device
+from support.runtime import UserError
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -25,36 +24,26 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def local_device(name: str) -> torch.device:
-    """The device asked for; of several GPUs, this process's own. Raises UserError if it isn't there."""
-    device = pick_device(name)
-    if device.type == "cuda" and rank_and_world()[1] > 1:
-        device = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
-        torch.cuda.set_device(device)
-    return device
-
-
 @contextmanager
 def process_group(device: torch.device, timeout: int, resumes_from: Callable[[], object]) -> Iterator[None]:
     """Join the other processes, if there are any. Raises UserError if one is gone, or for an error of the system.
-
-    timeout       seconds to wait for another process
-    resumes_from  what --resume would go on from
-    """
+    timeout  seconds to wait for another process; resumes_from  what --resume would go on from"""
     several = rank_and_world()[1] > 1
     try:
         if several:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout))
         yield
-    except OSError as error:
-        problem = f"the run can't go on ({error}): mend that, or make room"
-        raise UserError(f"{problem}; --resume goes on from {resumes_from()}") from error
-    except RuntimeError as error:
-        if not (several and is_process_failure(error)):
+    except (OSError, RuntimeError) as error:
+        why = str(error)
+        if isinstance(error, OSError):
+            problem = f"the run can't go on ({why}): mend that, or make room;"
+        elif several and (isinstance(error, dist.DistError) or "gloo" in why.lower() or "Connection" in why):
+            problem = f"another process is gone ({why.splitlines()[0][:200]}):"  # gloo raises a plain RuntimeError
+        else:
             raise
-        problem = f"another process is gone ({str(error).splitlines()[0][:200]})"
-        raise UserError(f"{problem}: --resume goes on from {resumes_from()}") from error
+        raise UserError(f"{problem} --resume goes on from {resumes_from()}") from error
     if several:
         dist.destroy_process_group()
 
@@ -62,10 +51,6 @@ def process_group(device: torch.device, timeout: int, resumes_from: Callable[[],
 def is_writer() -> bool:
     """Whether this process is the one that writes and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def local_shard(x: Tensor) -> Tensor:
-    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def full_tensor(x: Tensor) -> Tensor:
@@ -81,22 +66,19 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 def shard(net: nn.Module, kind: Literal["auto", "ddp", "fsdp"], device: torch.device) -> nn.Module:
     """Over the processes: 'ddp' is a copy for each, 'fsdp' a shard for each of a machine's, a copy for each machine.
-
     Gradients are summed, not averaged: a loss is divided by a count over all processes already. Parameters stay
     gathered until `reshard`: the blocks run L times in each forward and backward pass, and letting go each time would
-    gather about four times as often.
-    """
+    gather about four times as often."""
     if not dist.is_initialized():
         return net
     if kind == "auto":
         size = 20 * sum(p.numel() for p in net.parameters())  # weights, gradient, two moments, teacher
         small = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
-        tight = all_reduce_sum(torch.tensor(float(not small), device=device)).item()
-        kind = "fsdp" if tight else "ddp"  # the same on all
+        kind = "fsdp" if all_reduce_sum(torch.tensor(float(not small), device=device)) else "ddp"  # the same on all
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     shards = 1 if kind == "ddp" else local if world % local == 0 else world
-    mesh = init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copies", "shards"))
+    mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copies", "shards"))
     for module in (*net.layers, net):
         fully_shard(module, mesh=mesh, reshard_after_forward=False)
         module.set_reshard_after_backward(False)
@@ -112,11 +94,6 @@ def reshard(net: nn.Module | None) -> None:
     for module in net.modules() if net else ():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def is_process_failure(error: RuntimeError) -> bool:
-    """Whether a collective failed, not we: torch's own class, or gloo's plain RuntimeError."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "Connection" in str(error)
 
 
 @contextmanager

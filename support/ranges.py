@@ -1,7 +1,6 @@
 """Configurations: ranges of numbers, written into a field's type (`steps: Positive = 500`), and their JSON form."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
@@ -51,11 +50,9 @@ def require_ranges(config: object, group: str = "") -> None:
                 raise UserError(f"{flag(group + f.name, value)} is out of its range: give a number {limits}")
 
 
-def config_from_json(kind: type, values: dict, defaults: Mapping[type, object]):
+def config_from_json(kind: type, values: dict, defaults: dict[type, object]):
     """A configuration from its JSON form.
-
-    defaults  what a configuration of some type has where the record, of an older version, says nothing
-    """
+    defaults  what a configuration of some type has where the record, of an older version, says nothing"""
     known = {}
     for name, hint in get_type_hints(kind).items():
         if name not in values and not is_dataclass(hint):

@@ -1,5 +1,4 @@
-"""A run on the disk: state/STAGE-STEP/ holds all that a run needs to go on, in safetensors and JSON; run.json and
-log.jsonl say what was done."""
+"""A run on the disk: state/STAGE-STEP/ is all that it needs to go on; run.json and log.jsonl say what was done."""
 
 import hashlib
 import importlib.metadata
@@ -7,24 +6,27 @@ import json
 import math
 import shutil
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.utils import get_total_norm
 
 from model import LoopedTransformer, ModelConfig
 from support import checkpoint
-from support.checkpoint import atomic_folder, read_json, write_atomic, write_json
 from support.processes import full_tensor, is_writer
-from support.runtime import UserError, console, git, log_steps, make_folder, provenance, timestamp
+from support.runtime import UserError, console, git, make_folder, provenance
 
 Stage = Literal["pretrain", "gate", "rpt"]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+SHOWN = {"tokens_per_s": "{:,.0f} tokens/s", "loss": "loss {:.2f}", "loops": "loops {:.2f}", "reward": "reward {:+.3f}"}
 FOLDER = {"pretrain": "base", "gate": "gate", "rpt": "rpt"}  # where each stage's checkpoint goes
 
 
@@ -56,33 +58,21 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
     return (step + 1) / rise if step < rise else 0.5 + 0.5 * math.cos(math.pi * (step + 1 - rise) / (steps + 1 - rise))
 
 
-# States
-
-
 def save_run(run: Run, *, folder: Path, objective: Sequence[Stage], keep: int) -> None:
     """Write state/STAGE-STEP, complete or not at all; then only this stage's newest stay, and the last before it.
-
-    Raises UserError if it can't be written, or the weights are not finite: then the last good one stays.
-    """
+    Raises UserError if it can't be written, or the weights are not finite: then the last good one stays."""
     target = folder / "state" / f"{run.stage}-{run.step:06}"
-    norm = full_tensor(get_total_norm(list(run.student.parameters()))).item()
-    if not math.isfinite(norm):
+    if not full_tensor(torch.nn.utils.get_total_norm(list(run.student.parameters()))).isfinite():
         problem = f"the weights are not finite after {run.stage} step {run.step}: {run.saved}"
         raise UserError(f"{problem}; try a smaller --{run.stage}.lr")
     if is_writer() and (folder / "log.jsonl").exists():
         checkpoint.fsync(folder / "log.jsonl")
-    with atomic_folder(target) as temporary:
+    with checkpoint.atomic_folder(target) as temporary:
         checkpoint.save(run.student, temporary / "student")
         if run.teacher:
             checkpoint.save(run.teacher, temporary / "teacher")
-        if is_writer():
-            (temporary / "moments").mkdir()
-        moments = {
-            f"{kind}.{name}": run.optimizer.state[p][kind]
-            for name, p in run.student.named_parameters()
-            for kind in ("exp_avg", "exp_avg_sq")
-            if p in run.optimizer.state
-        }
+        moments_of, trained = run.optimizer.state, run.student.named_parameters()
+        moments = {f"{kind}.{name}": moments_of[p][kind] for name, p in trained if p in moments_of for kind in MOMENTS}
         checkpoint.save_weights(moments, temporary / "moments", run.student.embed_tokens.weight.dtype)
         if is_writer():
             files = {str(f.relative_to(temporary)): checksum(f) for f in sorted(temporary.rglob("*")) if f.is_file()}
@@ -101,11 +91,10 @@ def save_run(run: Run, *, folder: Path, objective: Sequence[Stage], keep: int) -
 def saved_states(folder: Path, stages: Sequence[Stage]) -> list[Path]:
     """The saved states of these stages, from the last step of the last stage back."""
     states = []
-    for path in (folder / "state").glob("*-*"):
-        stage, _, step = path.name.partition("-")
-        if stage in stages and step.isdecimal():
-            states.append((stages.index(stage), int(step), path))
-    return [path for _, _, path in sorted(states, reverse=True)]
+    for stage in reversed(stages):
+        steps = {path.name.partition("-")[2]: path for path in (folder / "state").glob(f"{stage}-*")}
+        states += [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True)]
+    return states
 
 
 def checksum(file: Path) -> str:
@@ -116,7 +105,7 @@ def checksum(file: Path) -> str:
 def damage_of(state: Path) -> str | None:
     """What is wrong with a saved state; None if nothing is. An error of the disk is not the state's: it is raised."""
     try:
-        info = read_json(state / "state.json")
+        info = checkpoint.read_json(state / "state.json")
         if f"{info['stage']}-{info['step']:06}" != state.name or "student/config.json" not in info["sha256"]:
             return "its state.json is another's"
         wrong = [name for name, digest in info["sha256"].items() if checksum(state / name) != digest]
@@ -127,13 +116,12 @@ def damage_of(state: Path) -> str | None:
 
 def latest_state(folder: Path, stage: Stage, step: int | None = None) -> Path | None:
     """The newest sound state of a stage, or that of a step; damaged ones are renamed. All processes agree."""
-    chosen = torch.tensor(-1)
+    chosen: list[Path | None] = [None]
     if is_writer():
-        for state in saved_states(folder, (stage,)):
-            if step is not None and state.name != f"{stage}-{step:06}":
-                continue
+        states = saved_states(folder, (stage,))
+        for state in states if step is None else [s for s in states if s.name == f"{stage}-{step:06}"]:
             if not (damage := damage_of(state)):
-                chosen.fill_(int(state.name.partition("-")[2]))
+                chosen = [state]
                 break
             console.print(f"{state} is skipped ({damage})", soft_wrap=True)
             if (state / "state.json").exists():  # it may still be of use to somebody
@@ -142,30 +130,22 @@ def latest_state(folder: Path, stage: Stage, step: int | None = None) -> Path | 
             else:
                 shutil.rmtree(state)  # it was being removed
     if dist.is_initialized():
-        chosen = chosen.to("cuda") if dist.get_backend() == "nccl" else chosen
-        dist.broadcast(chosen, 0)
-    return folder / "state" / f"{stage}-{int(chosen):06}" if chosen >= 0 else None
+        dist.broadcast_object_list(chosen)
+    return chosen[0]
 
 
-def load_models(
-    state: Path, shape: ModelConfig, device: torch.device
-) -> tuple[LoopedTransformer, LoopedTransformer | None]:
-    """Student and teacher of a saved state. Raises UserError if they are of another shape."""
+def load_models(state: Path, shape: ModelConfig, device: torch.device) -> tuple:
+    """Student and teacher (or None) of a saved state. Raises UserError if they are of another shape."""
     saved = checkpoint.load_config(state / "student")
-    for f in fields(ModelConfig):
-        found, given = getattr(saved, f.name), getattr(shape, f.name)
-        if found != given:
-            raise UserError(f"{state} is of another model: its {f.name} is {found}, this run's {given}; remove it")
-    teacher = checkpoint.load(state / "teacher", device) if (state / "teacher").exists() else None
-    return checkpoint.load(state / "student", device), teacher
+    for name, given in vars(shape).items():
+        if (found := getattr(saved, name)) != given:
+            raise UserError(f"{state} is of another model: its {name} is {found}, this run's {given}; remove it")
+    return tuple(checkpoint.load(x, device) if x.exists() else None for x in (state / "student", state / "teacher"))
 
 
 def restore(run: Run, state: Path, steps: int) -> None:
-    """Give a run, at its first step, the position and the optimiser's moments of a saved state.
-
-    Raises UserError if the state has done more than all its steps.
-    """
-    info = read_json(state / "state.json")
+    """Give a run the position and the moments of a saved state. Raises UserError if that has done more steps."""
+    info = checkpoint.read_json(state / "state.json")
     run.step, run.skipped, run.bad = info["step"], info["skipped"], info["bad"]
     run.saved = f"the last good checkpoint is {state}"
     if run.step > steps:
@@ -177,23 +157,20 @@ def restore(run: Run, state: Path, steps: int) -> None:
         if p not in trained or f"exp_avg.{name}" not in files:
             continue
         moments = {"step": torch.tensor(float(run.step - run.skipped), device=p.device)}
-        for kind in ("exp_avg", "exp_avg_sq"):
+        for kind in MOMENTS:
             key = f"{kind}.{name}"
-            moment = checkpoint.read_tensor(files[key], key).to(p.device, p.dtype, copy=True)
+            moments[kind] = checkpoint.read_tensor(files[key], key).to(p.device, p.dtype, copy=True)
             if isinstance(p, DTensor):
-                moment = distribute_tensor(moment, p.device_mesh, p.placements, src_data_rank=None)
-            moments[kind] = moment
+                moments[kind] = distribute_tensor(moments[kind], p.device_mesh, p.placements, src_data_rank=None)
         run.optimizer.state[p] = moments
-
-
-# log.jsonl and run.json
+    if is_writer():
+        console.print(f"{run.stage} goes on after step {run.step}, from {state}", soft_wrap=True)
 
 
 @contextmanager
-def open_log(
-    path: Path, run: Run, done: Sequence[Stage], total: int, logger: Callable[[dict], None], state: Path | None
-) -> Iterator[Callable[[dict], None]]:
-    """A function that takes each step's numbers. The log first loses the steps that will be done again."""
+def open_log(path: Path, run: Run, done: Sequence[Stage], total: int, logger: Callable) -> Iterator[Callable]:
+    """A function that takes each step's numbers: a line of JSON in the log, and a progress bar, or twenty lines.
+    The log first loses the steps that will be done again."""
     if not is_writer():
         yield lambda numbers: None
         return
@@ -203,19 +180,24 @@ def open_log(
             step = json.loads(line)
             if step["stage"] in done or (step["stage"] == run.stage and step["step"] <= run.step):
                 lines.append(line + "\n")
-    write_atomic(path, "".join(lines))
-    if state:
-        console.print(f"{run.stage} goes on after step {run.step}, from {state}", soft_wrap=True)
-    with log_steps(run.stage, total, path, logger) as write:
+    checkpoint.write_atomic(path, "".join(lines))
+    recent: deque[dict] = deque(maxlen=50)
+    columns = ("{task.description:>8}", BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
+    columns, many = (*columns, "{task.fields[status]}"), not console.is_terminal
+    with open(path, "a", encoding="utf-8") as log, Progress(*columns, console=console, disable=many) as bar:
+        task = bar.add_task(run.stage, total=total, status="")
+
+        def write(numbers: dict) -> None:
+            print(json.dumps(numbers), file=log, flush=True)
+            logger(numbers)
+            recent.append(numbers)
+            step, known = numbers["step"], {key: [r[key] for r in recent if r.get(key) is not None] for key in SHOWN}
+            status = " ".join(SHOWN[key].format(sum(xs) / len(xs)) for key, xs in known.items() if xs)
+            bar.update(task, completed=step, status=status)
+            if many and (step == 1 or step * 20 // total > (step - 1) * 20 // total):
+                console.print(f"{run.stage:>8} {step}/{total}  {status}")
+
         yield write
-
-
-def start_record(seed: int, device: torch.device, world: int) -> dict:
-    """What run.json says of each start."""
-    changed = git("status", "--porcelain", "--untracked-files=no")
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "tyro")}
-    record = {"time": timestamp(), "processes": world, "dirty": None if changed is None else bool(changed)}
-    return record | provenance(device) | {"python": sys.version.split()[0], "versions": versions, "seed": seed}
 
 
 def require_free(folder: Path, *, resume: bool) -> None:
@@ -239,9 +221,13 @@ def open_run(folder: Path, config, student: LoopedTransformer, world: int) -> di
         for leftover in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f"state/.{stage}-*.tmp")):
             shutil.rmtree(leftover)
     if config.resume and (folder / "run.json").exists():  # the flags stay those of the first start
-        record |= read_json(folder / "run.json")
-    record |= {"starts": [*record["starts"], start_record(config.seed, device, world)], "finished": None}
-    write_json(folder / "run.json", record)
+        record |= checkpoint.read_json(folder / "run.json")
+    timestamp, changed = time.strftime("%Y-%m-%dT%H:%M:%S%z"), git("status", "--porcelain", "--untracked-files=no")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "tyro")}
+    start = {"time": timestamp, "processes": world, "dirty": None if changed is None else bool(changed)}
+    start |= provenance(device) | {"python": sys.version.split()[0], "versions": versions, "seed": config.seed}
+    record |= {"starts": [*record["starts"], start], "finished": None}
+    checkpoint.write_json(folder / "run.json", record)
     size = f"{parameters:,} parameters, {student.config.loops} loops, on {world} x {device.type}"
     console.print(f"{size}; the run goes to {folder}", soft_wrap=True)
     return record

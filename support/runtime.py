@@ -1,31 +1,24 @@
-"""Machinery that a reader may skip: errors, tables, devices, progress, provenance."""
+"""Machinery that a reader may skip: errors, tables, devices, loggers, provenance."""
 
 import atexit
-import contextlib
-import json
 import os
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NoReturn
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 console = Console(markup=False, emoji=False)  # a path or a prompt may hold brackets and colons
-
-# Errors, and how a script ends
 
 
 class UserError(ValueError):
@@ -33,23 +26,18 @@ class UserError(ValueError):
 
 
 def run_cli(main: Callable[[], None], *, distributed: bool = False) -> None:
-    """Run a script; end with one sentence and exit status 1 on a user's mistake.
-
-    distributed  it is one of several processes, and ends by `exit_process`
-    """
-    problem = None
+    """Run a script, or one of several processes; end with one sentence and exit status 1 on a user's mistake."""
+    problem, rank = None, os.environ.get("RANK", "0")
+    who = "error" if rank == "0" else f"error on process {rank}"
     try:
         main()
     except UserError as error:
-        problem = str(error)
+        problem = f"{who}: {error}"
     except RuntimeError as error:
         if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
         why = str(error).strip().partition("\n")[0][:200]
-        problem = f"torch.compile can't build the layers here ({why}): give --train.compile off, or --no-compile"
-    rank = os.environ.get("RANK", "0")
-    if problem:
-        problem = f"error: {problem}" if rank == "0" else f"error on process {rank}: {problem}"
+        problem = f"{who}: torch.compile can't build the layers here ({why}): give --train.compile off, or --no-compile"
     if distributed:
         exit_process(problem)
     if problem:
@@ -57,11 +45,8 @@ def run_cli(main: Callable[[], None], *, distributed: bool = False) -> None:
 
 
 def exit_process(problem: str | None = None) -> NoReturn:
-    """End one of several processes, with a sentence and exit status 1 if there is a problem.
-
-    By os._exit: gloo's threads outlive the process group, and one that frees a tensor while Python shuts down aborts
-    the process, whose work was done.
-    """
+    """End one of several processes, with a sentence and exit status 1 if there is a problem. By os._exit: a thread of
+    gloo's outlives the group, and if it frees a tensor while Python shuts down, the process aborts."""
     if problem:
         print(problem, file=sys.stderr)
     atexit._run_exitfuncs()
@@ -69,9 +54,6 @@ def exit_process(problem: str | None = None) -> NoReturn:
         with suppress(OSError, ValueError):  # closed, or full
             stream.flush()
     os._exit(bool(problem))
-
-
-# What a person sees, and where files go
 
 
 def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> None:
@@ -109,8 +91,6 @@ def require_new(out: Path | None) -> None:
         make_folder(out.parent)
 
 
-# Devices and precision
-
 DType = Literal["bf16", "fp32"]
 Precision = Literal["auto", "bf16", "fp32"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -118,14 +98,14 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises UserError if there is no such device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device asked for; of several GPUs, this process's own. Raises UserError if there is no such device."""
+    count = torch.cuda.device_count()
     try:
-        device = torch.device(name)
+        device = torch.device("cuda" if count else "cpu") if name == "auto" else torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name} is not a device: give auto, cpu, cuda or cuda:1") from error
-    count = torch.cuda.device_count()
+    if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     if device.type not in ("cpu", "cuda") or (device.index or 0) >= max(count, device.type == "cpu"):
         raise UserError(f"--device {name} is not there: {count} CUDA devices are, give auto or cpu")
     return device
@@ -136,18 +116,17 @@ def matmul_dtype(device: torch.device, precision: Precision) -> DType:
     return precision if precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
 
 
-def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager:
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     """A fresh context for one forward pass; its cached weights go stale after an optimiser step."""
-    low = matmul_dtype(device, precision) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, enabled=matmul_dtype(device, precision) == "bf16")
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on a device, without waiting for what the device still does."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-def true_indices(mask: Tensor, device: torch.device) -> Tensor:
+def true_indices(mask: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Where a mask on the CPU is True, as indices into its flattened form, on a device.    B T -> N"""
     return to_device(mask.flatten().nonzero()[:, 0], device)
 
@@ -160,36 +139,26 @@ def vendor_flops(device: torch.device) -> float | None:
 
 def speed(start: float, tokens: float, flops: float, world: int, device: torch.device) -> dict[str, float | None]:
     """What a step that began at `start` (time.perf_counter) reached, on so many devices, and the memory it needed."""
-    seconds, peak, gpu = time.perf_counter() - start, vendor_flops(device), device.type == "cuda"
-    memory = (
-        torch.cuda.max_memory_allocated(device) if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    seconds, peak = time.perf_counter() - start, vendor_flops(device)
     mfu = flops / seconds / world / peak if peak else None
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
     return {"tokens_per_s": tokens / seconds, "mfu": mfu, "memory_gib": memory / 2**30}
 
 
 def step_flops(stage: str, c, cfg, batch) -> float:
     """Floating-point operations of a step on a batch, forward (2 for each weight and token) and backward (4 more).
-
-    c  the model's shape; cfg  the stage's configuration; batch  inputs B T, mask B T
-    """
+    c  the model's shape; cfg  the stage's configuration; batch  inputs B T, mask B T"""
     rows, length = batch.inputs.shape
     layer = c.width * c.head_dim * 2 * (c.heads + c.kv_heads) + 3 * c.width * c.ffn  # weights
     attention = length * c.heads * c.head_dim  # a token's products with the half of the tokens that it sees, twice
     loop = rows * length * c.layers * 2 * (layer + attention)
     head = 2 * c.width * c.vocab_size  # one token
     tokens = batch.mask.sum().item()
-    if stage == "pretrain":
-        return 3 * c.loops * (loop + tokens * head)
-    if stage == "gate":
-        return c.loops * (loop + tokens * head)
-    hard = cfg.rho * tokens
-    teacher = c.loops * (loop + hard * head) + tokens * head
+    if stage != "rpt":
+        return (3 if stage == "pretrain" else 1) * c.loops * (loop + tokens * head)
     rollouts = 3 * cfg.rollouts * (c.loops - 2) * loop if cfg.has_noise else 0
-    return teacher + 3 * c.loops * (loop + hard * head) + rollouts
-
-
-# Progress and loggers
+    return 4 * c.loops * (loop + cfg.rho * tokens * head) + tokens * head + rollouts  # 1 is the teacher's, 3 ours
 
 
 def open_logger(name: Literal["none", "tensorboard", "wandb"], folder: Path, config: dict) -> Callable[[dict], None]:
@@ -207,51 +176,13 @@ def open_logger(name: Literal["none", "tensorboard", "wandb"], folder: Path, con
         raise UserError(f"--logger {name} needs a package ({error}): pip install {name}") from error
 
     def write(numbers: dict) -> None:
-        named = {f"{numbers['stage']}/{key}": value for key, value in numbers.items() if key != "stage"}
+        named = {f"{numbers['stage']}/{key}": x for key, x in numbers.items() if key != "stage" and x is not None}
         if name == "wandb":
             wandb.log(named)
         for key, value in named.items() if name == "tensorboard" else ():
-            if value is not None:
-                writer.add_scalar(key, value, numbers["step"])
+            writer.add_scalar(key, value, numbers["step"])
 
     return write
-
-
-STATUS = {
-    "tokens_per_s": "{:,.0f} tokens/s",
-    "loss": "loss {:.2f}",
-    "loops": "loops {:.2f}",
-    "reward": "reward {:+.3f}",
-}
-
-
-@contextmanager
-def log_steps(stage: str, total: int, path: Path, logger: Callable[[dict], None]) -> Iterator[Callable[[dict], None]]:
-    """A function that takes each step's numbers: a line of JSON in the log, and a progress bar, or twenty lines."""
-    recent: deque[dict] = deque(maxlen=50)
-    columns = (TextColumn("{task.description:>8}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-    columns = (*columns, TextColumn("{task.fields[status]}"))
-    disable = not console.is_terminal
-    with open(path, "a", encoding="utf-8") as log, Progress(*columns, console=console, disable=disable) as bar:
-        task = bar.add_task(stage, total=total, status="")
-
-        def write(numbers: dict) -> None:
-            log.write(json.dumps(numbers) + "\n")
-            log.flush()
-            logger(numbers)
-            recent.append(numbers)
-            status, step = [], numbers["step"]
-            for key, form in STATUS.items():
-                if values := [r[key] for r in recent if r.get(key) is not None]:
-                    status.append(form.format(statistics.mean(values)))
-            bar.update(task, completed=step, status=" ".join(status))
-            if disable and (step == 1 or step * 20 // total > (step - 1) * 20 // total):
-                console.print(f"{stage:>8} {step}/{total}  {' '.join(status)}")
-
-        yield write
-
-
-# Random numbers, and provenance
 
 
 def seeded(*key, device: torch.device | str = "cpu") -> torch.Generator:
@@ -271,8 +202,5 @@ def git(*args: str) -> str | None:
 def provenance(device: torch.device) -> dict:
     """What made a result."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"argv": sys.argv, "commit": git("rev-parse", "HEAD"), "torch": torch.__version__, "device": name}
-
-
-def timestamp() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {"argv": argv, "commit": git("rev-parse", "HEAD"), "torch": torch.__version__, "device": name}

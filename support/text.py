@@ -17,18 +17,15 @@ EOS, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 
 SPECIAL = [EOS, IM_START, IM_END]
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 KEY_PAIRS = (("problem", "solution"), ("question", "answer"), ("prompt", "response"))
-
-# Tokenizers
+Document = tuple[str | None, str]  # prompt and response; the prompt of plain text is None
 
 
 def byte_tokenizer() -> Tokenizer:
     """Three special tokens, then the 256 bytes: byte b is token 3 + b."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that stand for themselves in byte-level BPE
     rest = iter(range(256, 512))
-    vocab = {name: i for i, name in enumerate(SPECIAL)} | {
-        chr(b if b in plain else next(rest)): 3 + b for b in range(256)
-    }
-    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    symbols = [*SPECIAL, *(chr(b if b in plain else next(rest)) for b in range(256))]
+    tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -48,17 +45,13 @@ def load_tokenizer(name: str) -> Tokenizer:
 
 
 def pick_tokenizer(name: str, checkpoint: Path | None, built_in: Tokenizer) -> Tokenizer:
-    """The one asked for by name or path, else ('auto') the checkpoint's own, else the built-in one.
-
-    Raises UserError for a checkpoint without tokenizer.json, or whose vocabulary is smaller than the tokenizer's.
-    """
-    if name == "auto" and not checkpoint:
-        return built_in
-    if name == "auto":
+    """The one asked for by name or path, else ('auto') the checkpoint's own, else the built-in one. Raises UserError
+    for a checkpoint without tokenizer.json, or whose vocabulary is smaller than the tokenizer's."""
+    if name == "auto" and checkpoint:
         name = str(checkpoint / "tokenizer.json")
         if not Path(name).is_file():
             raise UserError(f"{checkpoint} has no tokenizer.json: give one with --data.tokenizer")
-    tokenizer = load_tokenizer(name)
+    tokenizer = built_in if name == "auto" else load_tokenizer(name)
     if checkpoint:
         check_vocabulary(tokenizer, checkpoint)
     return tokenizer
@@ -104,8 +97,7 @@ def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.j
     Args:
         path: .jsonl, .json, .parquet or .txt to learn from.
         vocab: number of tokens: 3 special ones, 256 bytes, the rest learned.
-        out: where to write tokenizer.json.
-    """
+        out: where to write tokenizer.json."""
     if vocab < 259:
         raise UserError(f"--vocab {vocab} is too small: 3 special tokens and 256 bytes need 259")
     require_new(out)
@@ -113,14 +105,10 @@ def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.j
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.ByteLevel()
-    how = {"special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
-    trainer = trainers.BpeTrainer(vocab_size=vocab, **how)
-    tokenizer.train_from_iterator((text for pair in read_documents(path) for text in pair if text), trainer)
+    bpe = trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((text for pair in read_documents(path) for text in pair if text), bpe)
     tokenizer.save(str(out))
     print(f"{out}: {vocab_size(tokenizer)} tokens, learned from {path}")
-
-
-# Files
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict]]:
@@ -136,9 +124,8 @@ def read_records(path: Path) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{path} is not a parquet file ({error}): give another") from error
         yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, 1))
     elif path.suffix == ".jsonl":
-        for i, line in enumerate(read_text(path).split("\n"), 1):
-            if line.strip():
-                yield f"{path} line {i}", parse_json(line, path, i)
+        lines = enumerate(read_text(path).split("\n"), 1)
+        yield from ((f"{path} line {i}", parse_json(line, path, i)) for i, line in lines if line.strip())
     else:
         rows = parse_json(read_text(path), path)
         if not isinstance(rows, list):
@@ -155,45 +142,37 @@ def parse_json(text: str, path: Path, first_line: int = 1):
 
 
 def read_text(path: Path) -> str:
-    data = path.read_bytes()
     try:
-        return data.decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path} line {line} is not UTF-8 ({error.reason}): convert the file to UTF-8") from error
 
 
-def read_documents(
-    path: Path, prompt_key: str | None = None, response_key: str | None = None
-) -> list[tuple[str | None, str]]:
-    """Pairs of prompt and response; the prompt of plain text is None.
-
-    Raises UserError for a file that is missing, empty, not UTF-8, not JSON, of an unknown kind, or lacks the keys.
-    """
+def read_documents(path: Path, prompt_key: str | None = None, response_key: str | None = None) -> list[Document]:
+    """All documents of a file. Raises UserError for a file that is missing, empty, not UTF-8, not JSON, of an unknown
+    kind, or lacks the keys."""
     if not path.is_file():
         raise UserError(f"{path} is not a file: give a .jsonl, .json, .parquet or .txt file")
     if path.suffix not in (".jsonl", ".json", ".parquet", ".txt"):
         raise UserError(f"{path} is of an unknown kind {path.suffix!r}: give a .jsonl, .json, .parquet or .txt file")
-    if path.suffix == ".txt":
-        pairs = [(None, text)] if (text := read_text(path)).strip() else []
-    else:
-        pairs = []
-        for place, record in read_records(path):
-            if not isinstance(record, dict):
-                raise UserError(f"{place} is a {type(record).__name__}: each must be an object with the prompt's keys")
-            keys = ", ".join(record)
-            if response_key is None:
-                known = (pair for pair in KEY_PAIRS if record.keys() >= {*pair})
-                prompt_key, response_key = next(known, (None, "text" if "text" in record else None))
-            if response_key is None:
-                problem = f"{place} has the keys {keys}, none of them known"
-                raise UserError(f"{problem}: give --data.prompt-key and --data.response-key")
-            for key in (prompt_key, response_key):
-                if key is not None and not isinstance(record.get(key), str):
-                    what = f"a {type(record[key]).__name__} under" if key in record else "no key"
-                    problem = f"{place} has {what} {key!r}"
-                    raise UserError(f"{problem}: each record needs a text there; its keys are {keys}")
-            pairs.append((record[prompt_key] if prompt_key else None, record[response_key]))
+    plain = read_text(path) if path.suffix == ".txt" else ""
+    pairs = [(None, plain)] if plain.strip() else []
+    for place, record in read_records(path) if path.suffix != ".txt" else ():
+        if not isinstance(record, dict):
+            raise UserError(f"{place} is a {type(record).__name__}: each must be an object with the prompt's keys")
+        keys = ", ".join(record)
+        if response_key is None:
+            known = (pair for pair in KEY_PAIRS if record.keys() >= {*pair})
+            prompt_key, response_key = next(known, (None, "text" if "text" in record else None))
+        if response_key is None:
+            problem = f"{place} has the keys {keys}, none of them known"
+            raise UserError(f"{problem}: give --data.prompt-key and --data.response-key")
+        for key in (prompt_key, response_key):
+            if key is not None and not isinstance(record.get(key), str):
+                what = f"a {type(record[key]).__name__} under" if key in record else "no key"
+                raise UserError(f"{place} has {what} {key!r}: each record needs a text there; its keys are {keys}")
+        pairs.append((record[prompt_key] if prompt_key else None, record[response_key]))
     if not pairs:
         raise UserError(f"{path} is empty: give a file with at least one document")
     return pairs

@@ -69,20 +69,11 @@ def test_decode_measures_what_it_says(monkeypatch, capsys):
 
 def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a", text.byte_tokenizer())
-    call(
-        monkeypatch,
-        bench,
-        "decode",
-        tmp_path / "a",
-        "--tokens",
-        3,
-        "--prompt-tokens",
-        2,
-        "--rounds",
-        1,
-        "--thresholds",
-        1,
-    )
+    few = "--tokens 3 --prompt-tokens 2 --rounds 1 --thresholds 1 0.5".split()
+    call(monkeypatch, bench, "decode", tmp_path / "a", *few, "--out", tmp_path / "decode.json")
+    rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
+    assert [r["threshold"] for r in rows] == [1, 0.5]
+    assert rows[0]["speedup"] == 1, "full depth is the measure, wherever it stands"
     assert "all loops" in capsys.readouterr().out
 
 
@@ -104,13 +95,12 @@ def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
         ("plan --mfu 0", "--mfu 0.0 is out of its range: give a number above 0, at most 1"),
         ("plan --rows 0", "--rows 0 is out of its range"),
         ("rpt --rows -1", "--rows -1 is out of its range"),
-        ("pretrain --length 1", "--length 1 is out of its range: give a number 2 or more"),
-        ("pretrain --rounds 0", "--rounds 0 is out of its range"),
+        ("rpt --length 1", "--length 1 is out of its range: give a number 2 or more"),
+        ("rpt --rounds 0", "--rounds 0 is out of its range"),
         ("rpt --out other.json", "other.json holds no results of these benchmarks"),
         ("rpt --out half.json", "half.json holds no results of these benchmarks"),
-        ("pretrain --out .", "holds no results of these benchmarks"),
+        ("rpt --out .", "holds no results of these benchmarks"),
         ("rpt --out other.json/new.json", "other.json can't be a folder"),
-        ("speeds none.json", "none.json is not a file"),
     ],
 )
 def test_mistakes_are_refused_in_a_sentence(args, message, tmp_path, monkeypatch):
@@ -122,24 +112,27 @@ def test_mistakes_are_refused_in_a_sentence(args, message, tmp_path, monkeypatch
     assert (tmp_path / "other.json").read_text() == "{}"
 
 
-def test_what_a_loop_keeps_is_what_real_tensors_keep():
-    """The plan's tensors without memory, against a forward pass that is really run."""
-    net, kept = LoopedTransformer(replace(SHAPE, layers=2, vocab_size=8)), {}
+@pytest.mark.parametrize("other", [{}, {"width": 64, "ffn": 96}, {"heads": 4, "kv_heads": 2}, {"head_dim": 32}])
+def test_what_the_plan_keeps_is_what_real_tensors_keep(other, monkeypatch):
+    """The tensors that one more layer keeps in one loop of a forward pass that is really run."""
+    sizes, planned = [], []
+    for layers in (1, 2):
+        shape = replace(SHAPE, layers=layers, vocab_size=8, **other)
+        net, kept = LoopedTransformer(shape), {}
 
-    def note(x):
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        held.append(x)  # so that no address is used twice
-        return x
+        def note(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x  # held, so that no address is used twice
+            return x
 
-    held, state = [], torch.zeros(3, 10, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        net(state, loops=1)
-    weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    expected = sum(size for at, size in kept.items() if at not in weights)
-    size = bench.activation_bytes(replace(SHAPE, layers=2), 3, 10)
-    assert size == pytest.approx(expected, rel=0.02)
-    more = bench.activation_bytes(replace(SHAPE, layers=2), 6, 10)
-    assert size < more < 2 * size, "the copies of the weights in bfloat16 stay the same"
+        state = torch.zeros(3, 200, shape.width, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+            net(state, loops=1)
+        weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
+        copies = 2 * layers * sum(p.numel() for p in net.layers[0].parameters() if p.dim() > 1)  # in bfloat16
+        sizes.append(sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights) - copies)
+        monkeypatch.setitem(bench.SHAPES, "medium", shape)
+        planned.append(bench.memory(bench.PlanConfig(shape="medium", recompute=False, rows=3, length=200), 1)["layers"])
+    assert (planned[1] - planned[0]) / shape.loops == sizes[1] - sizes[0]
 
 
 def test_the_plan_adds_up(monkeypatch, capsys):
@@ -171,8 +164,7 @@ def test_given_text_leaves_what_generated_text_leaves(rule, threshold):
         texts[token.row].append(token.id)
         if len(texts[token.row]) > 1:
             tokens.append(token)
-    rows = [data.Row(prompt + text, len(prompt)) for prompt, text in zip(prompts, texts, strict=True)]
-    forced = bench.teacher_forced(net, rows, batch=2, **how)
+    forced, _ = bench.decoded(net, prompts, given=texts, max_tokens=9, batch=2, **how)
     assert len(forced) == 24
     assert all(token.id == token.likeliest for token in forced)
     by_row = lambda tokens: [[t for t in tokens if t.row == row] for row in range(3)]  # noqa: E731
@@ -206,11 +198,16 @@ def test_the_naive_step_is_the_same_step(rollouts, monkeypatch):
     mask = torch.rand(3, 11, generator=data.seeded("mask")) < 0.7
     batch, results = data.Batch(ids[:, :-1], ids[:, 1:], mask), []
     cfg = replace(looprpt.PAPER, rollouts=rollouts, noise_std=0.3, rho=0.4, kl_weight=0.3, ent_weight=0.2)
+    counts, _ = looprpt.count_tokens(batch, cfg.rho, torch.device("cpu"))
     for form in ("naive", "ours"):
         student, teacher = (
             LoopedTransformer(replace(SHAPE, init_std=0.3), generator=data.seeded(who)).double() for who in "st"
         )
-        loss = bench.loss_of(form, student, teacher, batch, cfg)
+        noise = data.seeded("noise")
+        if form == "naive":
+            loss = bench.naive_step(student, teacher, batch, cfg, noise)
+        else:
+            loss = looprpt.rpt_step(student, teacher, batch, cfg, counts=counts, generator=noise).loss
         loss.backward()
         results.append([loss.detach(), *(p.grad for p in student.parameters())])
         assert all(p.grad is None for p in teacher.parameters())
@@ -218,72 +215,50 @@ def test_the_naive_step_is_the_same_step(rollouts, monkeypatch):
         assert_close(naive, ours, rtol=1e-9, atol=1e-11)
 
 
-def test_naive_pretraining_is_the_same():
-    net = LoopedTransformer(replace(SHAPE, init_std=0.3), generator=data.seeded("net"))
-    rows = [data.Row(torch.randint(259, (n,), generator=data.seeded(n)).tolist(), 1) for n in (9, 7)]
-    batch, cfg = data.collate(rows), looprpt.PretrainConfig(beta=0.3)
-    naive, ours = (bench.loss_of(form, net, None, batch, cfg) for form in ("naive", "ours"))
-    assert_close(naive, ours)
-
-
-@pytest.mark.parametrize("name", ["rpt", "pretrain"])
-def test_speeds_are_gathered_in_one_file(name, tmp_path, monkeypatch, capfd):
+def test_speeds_are_gathered_in_one_file(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
     out, few = tmp_path / "new" / "bench.json", ["--no-compile", "--rows", "2", "--length", "8", "--rounds", "1"]
     for precision in ("fp32", "bf16"):
-        call(monkeypatch, bench, name, *few, "--precision", precision, "--out", out)
+        call(monkeypatch, bench, "rpt", *few, "--precision", precision, "--out", out)
     shown = capfd.readouterr()
     assert shown.err == "", "the profiler's own words stay away"
     runs = json.loads(out.read_text())["runs"]
     assert [r["precision"] for r in runs] == ["fp32", "bf16"]
     for run in runs:
-        assert run["bench"] == name
+        assert run["bench"] == "rpt"
         assert run.keys() > {"argv", "commit", "torch", "device", "shape", "rows", "length", "threads", "peak_tflops"}
         first = run["forms"][0]
         assert (first["form"], first["speedup"], first["memory"]) == ("naive", 1, 1)
         assert all(r["tokens_per_s"] > 0 and r["peak_gib"] > 0 and r["mfu"] > 0 for r in run["forms"])
-    if name == "rpt":
-        assert [r["form"] for r in runs[0]["forms"]] == ["naive", "sampled", "exact", "looprpt"]
-    call(monkeypatch, bench, "speeds", out)
-    table = capfd.readouterr().out
-    assert f"`python -m lab.bench {name} --no-compile --rows 2 --length 8 --rounds 1 --precision bf16`" in table
-    assert table.count("| naive |") == 2
+        assert [r["form"] for r in run["forms"]] == ["naive", "sampled", "exact", "looprpt"]
 
 
-def test_older_results_are_printed_with_the_names_of_today():
-    row = {"form": "plain", "tokens_per_s": 1234.5, "speedup": 1.0, "peak_gib": 2.0, "memory": 1.0, "mfu": 0.125}
-    old = {"bench": "rpt", "argv": ["bench.py", "rpt", "--out", "x.json", "--rows", "3"], "precision": "fp32"}
-    runs = [old | {"forms": [row, row | {"form": "exact"}]}, old | {"bench": "eval", "forms": [row]}]
-    assert bench.speeds_markdown(runs).splitlines()[2:] == [
-        "| **`python -m lab.bench rpt --rows 3`** (fp32) | | | | | |",
-        "| naive | 1,234 | 1.00 | 2.00 | 1.00 | 12 % |",
-        "| exact | 1,234 | 1.00 | 2.00 | 1.00 | 12 % |",
-    ]
-
-
-@pytest.mark.parametrize("stage", ["rpt", "pretrain"])
-def test_speeds_say_what_the_clock_and_the_memory_say(stage, monkeypatch, capsys):
+def test_speeds_say_what_the_clock_and_the_memory_say(monkeypatch, capsys):
     """A naive step of 8 seconds and 4 GiB, ours of 2 seconds and 1 GiB."""
-    now, forms = [0.0], {"naive": (8, 4 * 2**30), "ours": (2, 2**30)}
+    now = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
 
-    def loss_of(form, net, teacher, batch, cfg):
-        assert (teacher is None) == (stage == "pretrain")
-        now[0] += forms[form][0]
+    def naive_step(net, *_):
+        now[0] += 8
         return sum(p.sum() for p in net.parameters())
+
+    def rpt_step(net, *_, **__):
+        now[0] += 2
+        return looprpt.StepOutput(sum(p.sum() for p in net.parameters()), {})
 
     def peak_bytes(step, standing, device):
         start = now[0]
         step()
-        return forms["naive" if now[0] - start == 8 else "ours"][1]
+        return {8: 4 * 2**30, 2: 2**30}[now[0] - start]
 
     monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
-    monkeypatch.setitem(bench.FORMS, stage, dict.fromkeys(forms, bench.FORMS[stage]["naive"]))
-    monkeypatch.setattr(bench, "loss_of", loss_of)
+    monkeypatch.setattr(bench, "FORMS", {"naive": looprpt.PAPER, "ours": looprpt.PAPER})
+    monkeypatch.setattr(bench, "naive_step", naive_step)
+    monkeypatch.setattr(looprpt, "rpt_step", rpt_step)
     monkeypatch.setattr(bench, "peak_bytes", peak_bytes)
     monkeypatch.setattr(bench, "measured_peak", lambda *_: 16e12)
     monkeypatch.setattr(bench.runtime, "step_flops", lambda *_: 16e12)
-    bench.compare_forms(stage, bench.SpeedConfig(rows=4, length=16, compile=False))
+    bench.compare_forms(bench.SpeedConfig(rows=4, length=16, compile=False))
     cells = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["naive", "8", "1.00", "4.00", "1.00", "12", "%"] in cells
     assert ["ours", "32", "4.00", "1.00", "0.25", "50", "%"] in cells
@@ -299,17 +274,14 @@ def test_peak_memory_counts_what_lives_at_once():
     assert bench.peak_bytes(step, 1000, torch.device("cpu")) - 1000 == pytest.approx(3 * 2**22, rel=0.01)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_measured_peak_stops_growing_where_a_product_is_slow(precision, monkeypatch):
-    """Products of 256 to 2048 that take a second for each 2**31 operations; the largest is not tried after 1024."""
+def test_the_measured_peak_stops_growing_where_a_product_is_slow(monkeypatch):
+    """On a device of 2**31 operations a second, a product of 256 takes a 64th of a second, one of 512 an eighth."""
     sizes = []
 
     def repeat(statement, globals, number, repeat):
-        size = len(globals["a"])
-        sizes.append(size)
-        exec(statement, globals)
-        return [2 * size**3 / 2**31 / 16, 9.0]
+        sizes.append(len(globals["a"]))
+        return [2 * sizes[-1] ** 3 / 2**31, 9.0]
 
     monkeypatch.setattr(bench.timeit, "repeat", repeat)
-    assert bench.measured_peak(torch.device("cpu"), precision) == 16 * 2**31
+    assert bench.measured_peak(torch.device("cpu"), "bf16") == 2**31
     assert sizes == [256, 512]

@@ -291,12 +291,15 @@ def test_eval_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch):
     assert "depth_1" not in json.loads(out.read_text())["models"]["rpt"]["buckets"]
 
 
-def test_without_git_a_result_just_has_no_commit(monkeypatch):
+def test_without_git_a_result_just_has_no_commit(tmp_path, monkeypatch):
     if (ROOT / ".git").exists():
         assert re.fullmatch("[0-9a-f]{40}", runtime.provenance(torch.device("cpu"))["commit"])
     monkeypatch.setenv("PATH", "/nonexistent")
     assert runtime.provenance(torch.device("cpu"))["commit"] is None
-    assert runs.start_record(0, torch.device("cpu"), 1)["dirty"] is None
+    config = looprpt.Config()
+    student = LoopedTransformer(looprpt.ModelConfig(vocab_size=11))
+    start = runs.open_run(tmp_path, config, student, 1)["starts"][0]
+    assert start["dirty"] is None
 
 
 def test_a_mistake_ends_the_script_with_one_line_and_a_status():

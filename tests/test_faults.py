@@ -404,7 +404,7 @@ def test_a_full_disk_anywhere_ends_in_a_sentence(tmp_path, monkeypatch):
     def full(*args, **how):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "log_steps", full)
+    monkeypatch.setattr(runs, "Progress", full)
     message = refused(monkeypatch, tmp_path / "out")
     assert message.startswith("the run can't go on ([Errno 28] No space left on device): mend that, or make room")
 

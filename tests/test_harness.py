@@ -6,11 +6,14 @@ import sys
 
 import pytest
 import torch
+from helpers import call, refused, slow_exit
 
 import data
-import eval
-import model
+from lab import harness
 from model import LoopedTransformer, ModelConfig
+from sample import Exit
+from support import checkpoint, text
+from support.runtime import UserError
 
 QUESTIONS = [f"What is {i} + {7 * i}?" for i in range(1, 9)]
 CHOICES = [[f" {8 * i}", f" {i}", " none of these"] for i in range(1, 9)]
@@ -29,7 +32,7 @@ def net():
 @pytest.fixture(scope="module")
 def folder(net, tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness")
-    model.save(net, folder / "a", data.byte_tokenizer())
+    checkpoint.save(net, folder / "a", text.byte_tokenizer())
     (folder / "tasks").mkdir()
     rows = zip(QUESTIONS, CHOICES, TEXTS, strict=True)
     lines = [json.dumps({"question": q, "choices": c, "text": t, "gold": 0}) + "\n" for q, c, t in rows]
@@ -67,28 +70,13 @@ def folder(net, tmp_path_factory):
     return folder
 
 
-def run(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["eval.py", "harness", *map(str, args)])
-    model.report(eval.main)
-
-
-def refused(monkeypatch, *args) -> str:
-    with pytest.raises(SystemExit) as error:
-        run(monkeypatch, *args)
-    return str(error.value.code).removeprefix("error: ")
-
-
 def slow_scores(net, context, new, threshold):
     """Log-probability and loops of each new token: one forward pass, one position at a time."""
-    out, found = net(torch.tensor([context + new])), []
-    for i, token in enumerate(new):
-        t, stay = len(context) + i - 1, 1.0
-        for loop in range(4):
-            stay *= 1 - torch.sigmoid(out.gate[0, t, loop]).item()
-            if loop == 3 or (threshold < 1 and 1 - stay >= threshold):
-                break
-        found.append((net.logits(out.hidden[0, t, loop]).log_softmax(-1)[token].item(), loop + 1))
-    return found
+    out, scores = net(torch.tensor([context + new])), []
+    for t, token in enumerate(new, len(context) - 1):
+        loops = slow_exit(out.gate[0, t].tolist(), threshold)
+        scores.append((net.logits(out.hidden[0, t, loops - 1]).log_softmax(-1)[token].item(), loops))
+    return scores
 
 
 def encode(text):
@@ -101,10 +89,11 @@ def test_scores_and_loops_equal_a_direct_computation(net, folder, tmp_path, monk
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tasks = ["--tasks", "our_choose,our_answer,our_roll", "--include-path", folder / "tasks"]
-    how = ["--exit-threshold", threshold, "--cache", "full", "--batch", 3, "--out", tmp_path / "found.json"]
-    run(monkeypatch, folder / "a", *tasks, *how)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert found["exit"] == f"gate:{threshold:g}"
+    how = ["--exit-threshold", threshold, "--cache", "full", "--batch", 3, "--out", tmp_path / "scores.json"]
+    call(monkeypatch, harness, folder / "a", *tasks, *how)
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert result["exit"] == f"gate:{threshold:g}"
+    scores = result["harness"]
 
     right, loops = 0, []
     for question, choices in zip(QUESTIONS, CHOICES, strict=True):
@@ -112,25 +101,25 @@ def test_scores_and_loops_equal_a_direct_computation(net, folder, tmp_path, monk
         totals = [sum(logp for logp, _ in s) for s in scored]
         right += totals.index(max(totals)) == 0
         loops += [n for s in scored for _, n in s]
-    assert found["harness"]["our_choose"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
-    assert found["harness"]["our_choose"]["loops"] == pytest.approx(sum(loops) / len(loops))
-    assert found["harness"]["our_choose"]["tokens"] == len(loops)
+    assert scores["our_choose"]["acc,none"] == pytest.approx(right / len(QUESTIONS))
+    assert scores["our_choose"]["loops"] == pytest.approx(sum(loops) / len(loops))
+    assert scores["our_choose"]["tokens"] == len(loops)
 
     total, words, loops = 0.0, 0, []
-    for text in TEXTS:  # in pieces of as many tokens as the model has positions
-        ids = encode(text)
+    for line in TEXTS:  # in pieces of as many tokens as the model has positions
+        ids = encode(line)
         for start in range(0, len(ids), 48):
             before, new = ([0] + ids)[max(0, min(start, len(ids) - 48)) : start + 1], ids[start : start + 48]
             scored = slow_scores(net, before, new, threshold)
             total += sum(logp for logp, _ in scored)
             loops += [n for _, n in scored]
-        words += len(text.split(" "))  # as the harness counts them
-    assert math.log(found["harness"]["our_roll"]["word_perplexity,none"]) == pytest.approx(-total / words, rel=1e-4)
-    assert found["harness"]["our_roll"]["loops"] == pytest.approx(sum(loops) / len(loops))
+        words += len(line.split(" "))  # as the harness counts them
+    assert math.log(scores["our_roll"]["word_perplexity,none"]) == pytest.approx(-total / words, rel=1e-4)
+    assert scores["our_roll"]["loops"] == pytest.approx(sum(loops) / len(loops))
 
     answers, loops = slow_answers(net, threshold)
-    assert found["harness"]["our_answer"]["loops"] == pytest.approx(sum(loops) / len(loops))
-    assert found["harness"]["our_answer"]["tokens"] == len(loops)
+    assert scores["our_answer"]["loops"] == pytest.approx(sum(loops) / len(loops))
+    assert scores["our_answer"]["tokens"] == len(loops)
     assert len({*answers}) > 1
     if threshold < 1:
         assert 1 < sum(loops) / len(loops) < 4
@@ -143,18 +132,13 @@ def slow_answers(net, threshold):
         ids = []
         while len(ids) < 20:
             out = net(torch.tensor([encode(question) + ids]))
-            first, loop, stay = not ids, 3, 1.0
-            for i in range(3):
-                stay *= 1 - torch.sigmoid(out.gate[0, -1, i]).item()
-                if not first and threshold < 1 and 1 - stay >= threshold:
-                    loop = i
-                    break
-            ids.append(net.logits(out.hidden[0, -1, loop]).argmax().item())
-            loops.append(loop + 1)
-            text = bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
-            if ids[-1] in (0, 2) or "e" in text or "Q:" in text:
+            n = slow_exit(out.gate[0, -1].tolist(), threshold) if ids else 4  # the first token is the prompt's
+            ids.append(net.logits(out.hidden[0, -1, n - 1]).argmax().item())
+            loops.append(n)
+            answer = bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
+            if ids[-1] in (0, 2) or "e" in answer or "Q:" in answer:
                 break
-        answers.append(text.partition("e")[0].partition("Q:")[0])
+        answers.append(answer.partition("e")[0].partition("Q:")[0])
     return answers, loops
 
 
@@ -163,8 +147,8 @@ def test_generated_text_equals_a_direct_computation(net, folder):
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
 
-    config = eval.HarnessConfig(folder=folder / "a", tasks="our_answer", cache="full", batch=3)
-    lm = eval.harness_model(net, data.byte_tokenizer(), eval.Exit("gate", 0.3), config)
+    config = harness.HarnessConfig(folder=folder / "a", tasks="our_answer", cache="full", batch=3)
+    lm = harness.harness_model(net, text.byte_tokenizer(), Exit("gate", 0.3), config)
     assert isinstance(lm, lm_eval.api.model.LM)
     how = {"until": ["e", "Q:"], "max_gen_toks": 20, "do_sample": False}
     asked = [Instance("generate_until", {}, (q, how), i, ("t", i, 1)) for i, q in enumerate(QUESTIONS)]
@@ -174,12 +158,20 @@ def test_generated_text_equals_a_direct_computation(net, folder):
     scored = [
         Instance("loglikelihood", {}, pair, 0, ("t", 0, 1)) for pair in (("", "ab"), ("q" * 100, "ab"), ("a", "b" * 99))
     ]
-    found = lm.loglikelihood(scored, disable_tqdm=True)
-    for (logp, _), (context, new) in zip(found, (([0], "ab"), ("q" * 47, "ab"), ("b", "b" * 48)), strict=True):
+    scores = lm.loglikelihood(scored, disable_tqdm=True)
+    for (logp, _), (context, new) in zip(scores, (([0], "ab"), ("q" * 47, "ab"), ("b", "b" * 48)), strict=True):
         context = context if isinstance(context, list) else encode(context)
         assert logp == pytest.approx(sum(x for x, _ in slow_scores(net, context, encode(new), 0.3)), rel=1e-4)
-    greedy = lm.loglikelihood([Instance("loglikelihood", {}, ("What", "is"), 0, ("t", 0, 1))], disable_tqdm=True)
-    assert greedy[0][1] in (True, False)
+    out = net(torch.tensor([encode("What")]))
+    likeliest = (
+        net.logits(out.hidden[0, -1, slow_exit(out.gate[0, -1].tolist(), 0.3) - 1])[3:131].topk(2).indices.tolist()
+    )
+    assert net.logits(out.hidden[0, -1]).argmax(-1).unique().numel() > 1, "the loops differ in what they say"
+    pairs = [("What", chr(byte)) for byte in likeliest]
+    assert [is_greedy for _, is_greedy in lm.loglikelihood(ask("loglikelihood", *pairs), disable_tqdm=True)] == [
+        True,
+        False,
+    ]
 
 
 def ask(kind, *args):
@@ -188,10 +180,10 @@ def ask(kind, *args):
     return [Instance(kind, {}, a, i, ("t", i, 1)) for i, a in enumerate(args)]
 
 
-def adapter(net, folder, exit=eval.Exit(), **how):  # noqa: B008
+def adapter(net, folder, exit=Exit(), **how):  # noqa: B008
     pytest.importorskip("lm_eval")
-    config = eval.HarnessConfig(folder=folder / "a", tasks="t", cache="full", **how)
-    return eval.harness_model(net, data.byte_tokenizer(), exit, config)
+    config = harness.HarnessConfig(folder=folder / "a", tasks="t", cache="full", **how)
+    return harness.harness_model(net, text.byte_tokenizer(), exit, config)
 
 
 def test_greedy_means_that_every_token_is_the_likeliest(net, folder):
@@ -211,13 +203,13 @@ def test_loops_stop_ids_and_draws_are_those_asked_for(net, folder, monkeypatch):
     lm.loglikelihood(ask("loglikelihood", ("What", " is")), disable_tqdm=True)
     assert {*lm.loops["t"]} == {2}
 
-    seen, inner = [], eval.generate
+    seen, inner = [], harness.generate
 
     def note(net, prompts, **options):
         seen.append(options)
         return inner(net, prompts, **options)
 
-    monkeypatch.setattr(eval, "generate", note)
+    monkeypatch.setattr(harness, "generate", note)
     lm = adapter(net, folder, batch=2, seed=5)
     drawn = how | {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
     texts = lm.generate_until(ask("generate_until", *[("What", drawn)] * 4, ("What", how)), disable_tqdm=True)
@@ -233,7 +225,7 @@ def test_loops_stop_ids_and_draws_are_those_asked_for(net, folder, monkeypatch):
     lm.generate_until(ask("generate_until", ("What", long)), disable_tqdm=True)
     assert seen[-1]["done"](0, encode("and now stop here"))
     assert not seen[-1]["done"](0, encode("and now stop her"))
-    with pytest.raises(model.UserError, match="a task asks for top_k 40"):
+    with pytest.raises(UserError, match="a task asks for top_k 40"):
         lm.generate_until(ask("generate_until", ("What", how | {"top_k": 40})), disable_tqdm=True)
 
 
@@ -246,38 +238,43 @@ def test_the_flags_reach_the_harness(folder, monkeypatch):
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", note)
     flags = ["--num-fewshot", 3, "--limit", 5, "--chat"]
-    run(monkeypatch, folder / "a", "--tasks", "our_cho*", "--include-path", folder / "tasks", *flags)
+    call(monkeypatch, harness, folder / "a", "--tasks", "our_cho*", "--include-path", folder / "tasks", *flags)
     assert [seen[k] for k in ("tasks", "num_fewshot", "limit", "apply_chat_template")] == [["our_choose"], 3, 5, True]
 
 
 def test_chat_turns_are_chatml(net, folder):
     pytest.importorskip("lm_eval")
-    lm = eval.harness_model(net, data.byte_tokenizer(), eval.Exit(), eval.HarnessConfig(folder=folder / "a", tasks="t"))
+    lm = harness.harness_model(
+        net, text.byte_tokenizer(), Exit(), harness.HarnessConfig(folder=folder / "a", tasks="t")
+    )
     turns = [{"role": "user", "content": "hi"}]
-    assert lm.tok_encode(lm.apply_chat_template(turns)) == data.chat_prompts(data.byte_tokenizer(), ["hi"])[0]
-    text = lm.apply_chat_template([*turns, {"role": "assistant", "content": "So"}], add_generation_prompt=False)
-    assert text.endswith("<|im_start|>assistant\nSo")
+    assert lm.tok_encode(lm.apply_chat_template(turns)) == text.chat_prompts(text.byte_tokenizer(), ["hi"])[0]
+    string = lm.apply_chat_template([*turns, {"role": "assistant", "content": "So"}], add_generation_prompt=False)
+    assert string.endswith("<|im_start|>assistant\nSo")
 
 
 def test_without_the_package_it_says_how_to_get_it(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert refused(monkeypatch, folder / "a", "--tasks", "gsm8k").endswith("pip install lm_eval")
+    assert refused(monkeypatch, harness, folder / "a", "--tasks", "gsm8k").endswith("pip install lm_eval")
 
 
 def test_mistakes_are_refused_in_a_sentence(folder, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval")
-    model.save(LoopedTransformer(ModelConfig(vocab_size=8)), tmp_path / "chain", data.chain_tokenizer())
+    checkpoint.save(LoopedTransformer(ModelConfig(vocab_size=8)), tmp_path / "chain", data.chain_tokenizer())
     tasks = ["--tasks", "our_choose", "--include-path", folder / "tasks"]
     for args, expected in (
         ([folder / "a", "--tasks", "no_such_task"], "no task is called no_such_task"),
         ([folder / "a", "--tasks", ","], "--tasks ,: no task is called that"),
-        ([folder / "a", *tasks, "--batch", 0], "--batch 0 is below 1"),
+        ([folder / "a", *tasks, "--batch", 0], "--batch 0 is out of its range: give a number 1 or more"),
         ([folder / "a", *tasks[:3], folder / "none"], "none is not a folder: give one that holds task files"),
         ([folder / "a", "--tasks", "our_missing", *tasks[2:]], "--tasks our_missing: a task's data can't be had"),
-        ([folder / "a", *tasks, "--num-fewshot", -1], "--num-fewshot -1 is below 0"),
+        ([folder / "a", *tasks, "--num-fewshot", -1], "--num-fewshot -1 is out of its range: give a number 0 or more"),
         ([folder / "a", *tasks, "--out", folder / "tasks" / "rows.jsonl" / "x.json"], "can't be a folder"),
-        ([folder / "a", *tasks, "--exit-threshold", 2], "--exit-threshold 2.0 is outside 0..1"),
+        (
+            [folder / "a", *tasks, "--exit-threshold", 2],
+            "--exit-threshold 2.0 is out of its range: give a number from 0 to 1",
+        ),
         ([folder / "none", *tasks], "is not a checkpoint folder"),
         ([tmp_path / "chain", *tasks], "was not trained on text"),
     ):
-        assert expected in refused(monkeypatch, *args)
+        assert expected in refused(monkeypatch, harness, *args)

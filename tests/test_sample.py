@@ -1,19 +1,20 @@
 """Generation: the cache against the full forward pass, exits against a slow reading, and the command line."""
 
-import json
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from einops import rearrange
+from helpers import call, refused, slow_exit
 from torch.testing import assert_close
 
 import data
 import model
 import sample
-from model import Cache, LoopedTransformer, ModelConfig, UserError
-from sample import Exit, generate
+from model import LoopedTransformer, ModelConfig
+from sample import Cache, Exit, Token, decode, generate, prefill
+from support import checkpoint, text
+from support.runtime import UserError
 
 SHAPE = ModelConfig(layers=2, loops=4, width=16, heads=4, kv_heads=2, vocab_size=13, init_std=0.3)
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 1, 2], [3, 3]]
@@ -30,16 +31,17 @@ def net():
 
 
 def collect(tokens, rows=4):
-    found = [[] for _ in range(rows)]
-    for row, token, loops in tokens:
-        found[row].append((token, loops))
-    return found
+    """Tokens and loops of each row."""
+    texts = [[] for _ in range(rows)]
+    for token in tokens:
+        texts[token.row].append((token.id, token.loops))
+    return texts
 
 
 @pytest.fixture(params=[False, True], ids=["row by row", "gathered"])
 def copying(request, monkeypatch):
     """Rows at different loops, as a CPU and as a GPU attend to them."""
-    monkeypatch.setattr(model, "copying_is_cheap", lambda device: request.param)
+    monkeypatch.setattr(sample, "gather_rows_on", lambda device: request.param)
 
 
 # The cache against the full forward pass
@@ -52,16 +54,16 @@ def test_cached_decoding_equals_the_full_forward_pass(net, prefix, loops):
     ids = torch.randint(13, (3, 12), generator=torch.Generator().manual_seed(1))
     starts = [prefix, prefix + 2, prefix + 5]
     whole = net(ids, loops=loops).hidden  # B T L D
-    cache = Cache(net.config, 3, 12, slots=loops, device=CPU, dtype=torch.float64)
+    cache = Cache(net.config, 3, 12, loops=loops, device=CPU, dtype=torch.float64)
     padded = ids[:, : max(starts)].clone()
     for b, start in enumerate(starts):
         padded[b, start:] = 0  # padding, which must not be seen
-    net.prefill(padded, cache, [0, 1, 2], loops)
+    prefill(net, padded, cache, [0, 1, 2], loops)
     for step in range(12 - max(starts)):
         positions = [start + step for start in starts]
         state = net.embed_tokens(ids[range(3), positions])
         for loop in range(loops):
-            state = net.decode(state, cache, [0, 1, 2], [loop] * 3, positions)
+            state = decode(net, state, cache, [0, 1, 2], [loop] * 3, positions)
             assert_close(state, whole[range(3), positions, loop], rtol=1e-10, atol=1e-10)
 
 
@@ -69,13 +71,13 @@ def test_rows_at_different_loops_share_a_pass(net, copying):
     """Row 0 runs its loops one tick behind row 1: the cache keeps them apart."""
     ids = torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(2))
     whole = net(ids).hidden
-    cache = Cache(net.config, 2, 6, slots=4, device=CPU, dtype=torch.float64)
-    net.prefill(ids[:, :4], cache, [0, 1], 4)
+    cache = Cache(net.config, 2, 6, loops=4, device=CPU, dtype=torch.float64)
+    prefill(net, ids[:, :4], cache, [0, 1], 4)
     state = net.embed_tokens(ids[:, 4])
-    state[1:] = net.decode(state[1:], cache, [1], [0], [4])
+    state[1:] = decode(net, state[1:], cache, [1], [0], [4])
     assert_close(state[1], whole[1, 4, 0])
     for loop in range(3):
-        state = net.decode(state, cache, [0, 1], [loop, loop + 1], [4, 4])
+        state = decode(net, state, cache, [0, 1], [loop, loop + 1], [4, 4])
         assert_close(state[0], whole[0, 4, loop])
         assert_close(state[1], whole[1, 4, loop + 1])
 
@@ -126,10 +128,8 @@ def slow_generate(net, prompt, *, max_tokens, exit, cache, loops):
     def leaves(states):
         if exit.rule == "confidence":
             return net.logits(states[-1]).softmax(-1).max() >= exit.threshold
-        stay = 1.0
-        for state in states:
-            stay = stay * (1 - torch.sigmoid(net.early_exit_gate(state)).item())
-        return exit.threshold < 1 and 1 - stay >= exit.threshold
+        gates = [net.early_exit_gate(state).item() for state in states]
+        return slow_exit([*gates, 0.0], exit.threshold) <= len(states)
 
     def finish(ran, position):
         """What the slots hold once a token has left."""
@@ -144,9 +144,9 @@ def slow_generate(net, prompt, *, max_tokens, exit, cache, loops):
         for loop in range(loops):
             state = one_loop(state, loop, position)
         finish(loops, position)
-    found = [(net.logits(state).argmax().item(), loops)]
+    tokens = [(net.logits(state).argmax().item(), loops)]
     for position in range(len(prompt), len(prompt) + max_tokens - 1):
-        state, states, answer = net.embed_tokens.weight[found[-1][0]], [], None
+        state, states, answer = net.embed_tokens.weight[tokens[-1][0]], [], None
         for loop in range(loops):
             state = one_loop(state, loop, position)
             states.append(state)
@@ -155,13 +155,13 @@ def slow_generate(net, prompt, *, max_tokens, exit, cache, loops):
             if answer and cache != "full":
                 break
         finish(len(states), position)
-        found.append(answer)
-    return found
+        tokens.append(answer)
+    return tokens
 
 
 @pytest.mark.parametrize(("loops", "batch"), [(2, None), (4, None), (4, 2)])
 @pytest.mark.parametrize("cache", ["copy", "last", "full"])
-@pytest.mark.parametrize("exit", [Exit("gate", 0.3), Exit("gate", 1.0), Exit("confidence", 0.3)])
+@pytest.mark.parametrize("exit", [Exit("gate", 0.7), Exit("gate", 1.0), Exit("confidence", 0.3)])
 def test_text_and_loops_equal_a_slow_reading(net, copying, exit, cache, loops, batch):
     """Of each row alone; together they run at different loops, end at different times, and make room for the next."""
     lengths = [9, 3, 12, 6]
@@ -170,53 +170,85 @@ def test_text_and_loops_equal_a_slow_reading(net, copying, exit, cache, loops, b
         return len(text) == lengths[row]
 
     how = {"exit": exit, "cache": cache, "loops": loops}
-    found = collect(generate(net, PROMPTS, max_tokens=12, done=done, batch=batch, **how))
+    texts = collect(generate(net, PROMPTS, max_tokens=12, done=done, batch=batch, **how))
     with torch.no_grad():
         for row, prompt in enumerate(PROMPTS):
-            assert found[row] == slow_generate(net, prompt, max_tokens=lengths[row], **how)
+            assert texts[row] == slow_generate(net, prompt, max_tokens=lengths[row], **how)
     if exit.threshold < 1:
-        assert {loops for row in found for _, loops in row} > {loops}, "some tokens leave early"
+        assert {loops for row in texts for _, loops in row} > {loops}, "some tokens leave early"
 
 
 def test_the_slow_reading_can_tell_the_caches_apart(net):
     """A check of the check: the three rules give three texts."""
     with torch.no_grad():
-        how = {"max_tokens": 12, "exit": Exit("gate", 0.3), "loops": 4}
+        how = {"max_tokens": 12, "exit": Exit("gate", 0.7), "loops": 4}
         texts = [[slow_generate(net, p, cache=cache, **how) for p in PROMPTS] for cache in ("copy", "last", "full")]
     assert texts[0] != texts[1] != texts[2] != texts[0]
 
 
 def test_a_token_that_leaves_after_a_loop_has_run_just_that_many(net, monkeypatch):
-    ran, decode = [], LoopedTransformer.decode
+    ran = []
 
     def counting(net, state, cache, rows, loops, positions):
         ran.extend(positions)
         return decode(net, state, cache, rows, loops, positions)
 
-    monkeypatch.setattr(LoopedTransformer, "decode", counting)
+    monkeypatch.setattr(sample, "decode", counting)
     how = {"max_tokens": 12, "exit": Exit("gate", 0.3)}
     for prompt in PROMPTS:
         ran.clear()
-        (found,) = collect(generate(net, [prompt], **how), 1)
+        (row,) = collect(generate(net, [prompt], **how), 1)
         # the first token is the prompt's, and the last one is never fed
-        assert [loops for _, loops in found][1:] == [ran.count(len(prompt) + i) for i in range(11)]
+        assert [loops for _, loops in row][1:] == [ran.count(len(prompt) + i) for i in range(11)]
     ran.clear()
     together = collect(generate(net, PROMPTS, **how))
     assert len(ran) == sum(loops for row in together for _, loops in row[1:])
 
 
-def test_one_slot_is_a_quarter_of_the_memory():
-    full, shared = (Cache(SHAPE.resolved(), 2, 8, slots=s, device=CPU, dtype=torch.float32) for s in (4, 1))
+def test_given_tokens_are_taken_and_the_likeliest_ones_told(net, copying):
+    """With one token changed, its row goes on from it; the others' tokens are the likeliest, at the same loops."""
+    for cache in ("copy", "last", "full"):
+        how = {"exit": Exit("gate", 0.3), "cache": cache, "batch": 2}
+        free = list(generate(net, PROMPTS, max_tokens=12, **how))
+        assert all(t.id == t.likeliest for t in free)
+        given = [[t.id for t in free if t.row == row][: 12 - row] for row in range(4)]
+        expected = [x[: 12 - row] for row, x in enumerate(collect(free))]
+        forced = list(generate(net, PROMPTS, max_tokens=12, given=given, **how))
+        assert collect(forced) == expected, "a row ends after its given tokens"
+        assert all(t.id == t.likeliest for t in forced)
+        given[1][3] = (given[1][3] + 1) % 13
+        changed = list(generate(net, PROMPTS, max_tokens=12, given=given, temperature=1.0, **how))
+        assert [[t.id for t in changed if t.row == row] for row in range(4)] == given, "nothing is drawn"
+        row = [t for t in changed if t.row == 1]
+        assert [t.likeliest for t in row[:4]] == [token for token, _ in expected[1][:4]]
+        assert [t.loops for t in row[:4]] == [loops for _, loops in expected[1][:4]]
+        with torch.no_grad():
+            answer = slow_generate(net, PROMPTS[1] + given[1][:4], max_tokens=1, exit=Exit(), cache="full", loops=4)
+        ((likeliest, _),) = answer
+        full = list(generate(net, PROMPTS, max_tokens=12, given=given))
+        assert [t for t in full if t.row == 1][4].likeliest == likeliest, "it goes on from the changed token"
+
+
+def test_a_drawn_token_tells_the_likeliest_too(net):
+    tokens = list(generate(net, PROMPTS[:1], max_tokens=9, temperature=1.0))
+    ids = PROMPTS[0] + [t.id for t in tokens]
+    expected = net.logits(net(torch.tensor([ids])).hidden[0, :, -1]).argmax(-1)[len(PROMPTS[0]) - 1 : -1]
+    assert [t.likeliest for t in tokens] == expected.tolist()
+    assert any(t.likeliest != t.id for t in tokens)
+
+
+def test_keeping_the_last_loop_only_is_a_quarter_of_the_memory():
+    full, shared = (Cache(SHAPE.resolved(), 2, 8, loops=n, device=CPU, dtype=torch.float32) for n in (4, 1))
     assert full.keys.numel() == 4 * shared.keys.numel() == 2 * 4 * 2 * 2 * 8 * 4
 
 
 @pytest.mark.parametrize("exit", [Exit("gate", 0.0), Exit("gate", 0.5), Exit("gate", 1.0), Exit("confidence", 0.4)])
 def test_leaving_in_hindsight_and_on_the_way_agree(net, exit):
-    """`at_exit` on all loops chooses what decoding with an exact cache chooses."""
-    found = collect(generate(net, PROMPTS, max_tokens=12, exit=exit, cache="full"))
-    for prompt, row in zip(PROMPTS, found, strict=True):
+    """`logits_at_exit` on all loops chooses what decoding with an exact cache chooses."""
+    texts = collect(generate(net, PROMPTS, max_tokens=12, exit=exit, cache="full"))
+    for prompt, row in zip(PROMPTS, texts, strict=True):
         out = net(torch.tensor([prompt + [token for token, _ in row]]))
-        logits, leave = sample.at_exit(net, exit, out.hidden[0], out.gate[0])
+        logits, leave = sample.logits_at_exit(net, exit, out.hidden[0], out.gate[0])
         assert leave[len(prompt) : -1].tolist() == [loops for _, loops in row][1:]
         assert logits.argmax(-1)[len(prompt) : -1].tolist() == [token for token, _ in row][1:]
 
@@ -225,51 +257,56 @@ def test_a_score_that_just_reaches_the_threshold_is_enough(net):
     """The gate's logit 0 is a probability of exactly a half, then of three quarters; on the way and in hindsight."""
     torch.nn.init.zeros_(net.early_exit_gate.weight)
     for threshold, expected in ((0.5, 1), (0.75, 2), (0.76, 3)):
-        found = collect(generate(net, PROMPTS, max_tokens=4, exit=Exit("gate", threshold)))
-        assert {loops for row in found for _, loops in row[1:]} == {expected}
+        texts = collect(generate(net, PROMPTS, max_tokens=4, exit=Exit("gate", threshold)))
+        assert {loops for row in texts for _, loops in row[1:]} == {expected}
         assert model.exit_loop(torch.zeros(1, 4), threshold).item() + 1 == expected
     torch.nn.init.zeros_(net.lm_head.weight)  # every token is equally probable
     for threshold, expected in ((1 / 13, 1), (1 / 12, 4)):
         hidden, gate = torch.ones(1, 4, 16).double(), torch.zeros(1, 4)
-        assert sample.at_exit(net, Exit("confidence", threshold), hidden, gate)[1].item() == expected
-        found = collect(generate(net, PROMPTS, max_tokens=3, exit=Exit("confidence", threshold)))
-        assert {loops for row in found for _, loops in row[1:]} == {expected}
+        assert sample.logits_at_exit(net, Exit("confidence", threshold), hidden, gate)[1].item() == expected
+        texts = collect(generate(net, PROMPTS, max_tokens=3, exit=Exit("confidence", threshold)))
+        assert {loops for row in texts for _, loops in row[1:]} == {expected}
 
 
 def test_a_threshold_of_one_means_all_loops_for_confidence_too(net):
     torch.nn.init.constant_(net.lm_head.weight[3:4].data, 1e4)
     hidden = torch.ones(1, 4, 16).double()
-    assert sample.at_exit(net, Exit("confidence", 1.0), hidden, torch.zeros(1, 4))[1].item() == 4
-    assert sample.at_exit(net, Exit("confidence", 0.99), hidden, torch.zeros(1, 4))[1].item() == 1
+    assert sample.logits_at_exit(net, Exit("confidence", 1.0), hidden, torch.zeros(1, 4))[1].item() == 4
+    assert sample.logits_at_exit(net, Exit("confidence", 0.99), hidden, torch.zeros(1, 4))[1].item() == 1
 
 
-def test_generating_keeps_no_graph(net):
-    seen, draw = [], sample.draw
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sample, "draw", lambda logits, *a, **how: seen.append(logits.requires_grad) or draw(logits, *a, **how)
-        )
-        list(generate(net, PROMPTS, max_tokens=3))
-    assert not any(seen)
+def test_generating_keeps_no_graph(net, monkeypatch):
+    tracked, sample_tokens = [], sample.sample_tokens
+
+    def note(logits, *args, **how):
+        tracked.append(logits.requires_grad)
+        return sample_tokens(logits, *args, **how)
+
+    monkeypatch.setattr(sample, "sample_tokens", note)
+    list(generate(net, PROMPTS, max_tokens=3, temperature=1.0))
+    assert tracked == [False] * 3
 
 
 def test_a_saturated_gate_leaves_early_at_no_threshold_of_one(net):
     torch.nn.init.constant_(net.early_exit_gate.bias, 50.0)
     for threshold, expected in ((1.0, 4), (0.999, 1)):
-        found = collect(generate(net, PROMPTS, max_tokens=4, exit=Exit("gate", threshold)))
-        assert {loops for row in found for _, loops in row[1:]} == {expected}
+        texts = collect(generate(net, PROMPTS, max_tokens=4, exit=Exit("gate", threshold)))
+        assert {loops for row in texts for _, loops in row[1:]} == {expected}
 
 
 def test_text_ends_at_the_last_position(net):
     net.config = replace(net.config, max_positions=9)
-    found = collect(generate(net, PROMPTS, max_tokens=50))
-    assert [len(row) + len(prompt) for row, prompt in zip(found, PROMPTS, strict=True)] == [10] * 4
+    texts = collect(generate(net, PROMPTS, max_tokens=50))
+    assert [len(row) + len(prompt) for row, prompt in zip(texts, PROMPTS, strict=True)] == [10] * 4
     assert len(collect(generate(net, [[1] * 9], max_tokens=50))[0]) == 1
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([], "the prompt is empty"), ([1] * 10, "the prompt has 10 tokens, the model 9 positions: give a shorter one")],
+    [
+        ([], "the prompt has 0 tokens, the model 9 pos"),
+        ([1] * 10, "10 tokens, the model 9 positions: give from 1 to 9"),
+    ],
 )
 def test_a_prompt_that_cannot_be_continued_is_refused(net, prompt, message):
     net.config = replace(net.config, max_positions=9)
@@ -284,13 +321,19 @@ def test_draws_follow_the_tempered_distribution_within_top_p():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, 4).double()
     numbers = torch.rand(20_000, generator=torch.Generator().manual_seed(0)).tolist()
     p = (logits[0] / 0.7).softmax(-1)
-    found = torch.tensor(sample.draw(logits, numbers, temperature=0.7, top_p=1.0)).bincount(minlength=4) / 20_000
-    assert_close(found.double(), p, rtol=0, atol=0.01)
-    assert sample.draw(logits[:2], [0.1, 0.9], temperature=1e-40, top_p=1.0) == [0, 0], "next to no temperature"
+    share = (
+        torch.tensor(sample.sample_tokens(logits, numbers, temperature=0.7, top_p=1.0)).bincount(minlength=4) / 20_000
+    )
+    assert_close(share.double(), p, rtol=0, atol=0.01)
+    assert sample.sample_tokens(logits[:2], [0.1, 0.9], temperature=1e-40, top_p=1.0) == [0, 0], (
+        "next to no temperature"
+    )
     kept = p * torch.tensor([1, 1, 0, 0])
     top_p = (p[0] + 0.5 * p[1]).item()  # the second token is needed to reach it
-    found = torch.tensor(sample.draw(logits, numbers, temperature=0.7, top_p=top_p)).bincount(minlength=4) / 20_000
-    assert_close(found.double(), kept / kept.sum(), rtol=0, atol=0.01)
+    share = (
+        torch.tensor(sample.sample_tokens(logits, numbers, temperature=0.7, top_p=top_p)).bincount(minlength=4) / 20_000
+    )
+    assert_close(share.double(), kept / kept.sum(), rtol=0, atol=0.01)
 
 
 def test_a_rows_text_depends_on_its_seed_and_not_on_its_company(net):
@@ -312,29 +355,24 @@ def folder(tmp_path):
     shape = replace(SHAPE, vocab_size=259, max_positions=64, exit_threshold=0.5)
     net = LoopedTransformer(shape, generator=torch.Generator().manual_seed(0))
     torch.nn.init.normal_(net.early_exit_gate.weight, generator=torch.Generator().manual_seed(1))
-    model.save(net, tmp_path / "a", data.byte_tokenizer(), dtype=torch.bfloat16)
+    checkpoint.save(net, tmp_path / "a", text.byte_tokenizer(), dtype=torch.bfloat16)
     return tmp_path / "a"
 
 
-def call(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, args)])
-    model.report(sample.main)
-
-
 def test_text_is_shown_with_its_loops(folder, monkeypatch, capsys):
-    call(monkeypatch, folder, "--prompt", "ab", "--max-tokens", 20, "--show-loops")
+    call(monkeypatch, sample, folder, "--prompt", "ab", "--max-tokens", 20, "--show-loops")
     shown = capsys.readouterr()
     assert "loops:  1 " in shown.out
     assert "loops on average" in shown.err
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    call(monkeypatch, folder, "--prompt", "ab", "--max-tokens", 20, "--show-loops")
+    call(monkeypatch, sample, folder, "--prompt", "ab", "--max-tokens", 20, "--show-loops")
     assert capsys.readouterr().out.count("\x1b[") > 8, "tokens are coloured"
 
 
 def test_several_prompts_and_every_flag(folder, monkeypatch, capsys):
     flags = "--chat --temperature 0.8 --top-p 0.95 --exit confidence:0.1 --loops 3 --cache last --seed 2 --dtype fp32"
-    call(monkeypatch, folder, "--prompt", "one", "two", *flags.split(), "--max-tokens", 5, "--device", "cpu")
+    call(monkeypatch, sample, folder, "--prompt", "one", "two", *flags.split(), "--max-tokens", 5, "--device", "cpu")
     shown = capsys.readouterr().out
     assert shown.index("one") < shown.index("two")
 
@@ -344,11 +382,11 @@ def test_every_flag_reaches_the_generation(folder, monkeypatch, capsys):
 
     def note(net, prompts, **how):
         seen.update(how, dtype=net.embed_tokens.weight.dtype)
-        yield from (sample.Token(0, token, loops) for token, loops in ((70, 1), (1, 2), (71, 3)))
+        yield from (Token(0, token, loops, token) for token, loops in ((70, 1), (1, 2), (71, 3)))
 
     monkeypatch.setattr(sample, "generate", note)
     flags = "--max-tokens 7 --temperature 0.8 --top-p 0.95 --loops 3 --cache last --seed 2 --dtype fp32".split()
-    call(monkeypatch, folder, "--prompt", "hi", *flags)
+    call(monkeypatch, sample, folder, "--prompt", "hi", *flags)
     del seen["done"]
     assert seen == {
         "max_tokens": 7,
@@ -366,8 +404,8 @@ def test_every_flag_reaches_the_generation(folder, monkeypatch, capsys):
 
 
 def test_colours_stand_for_loops():
-    text = sample.legend([1, 2, 2, 4])
-    assert [(text.plain[s.start : s.end], s.style.color.name) for s in text.spans] == [
+    legend = sample.legend([1, 2, 2, 4])
+    assert [(legend.plain[s.start : s.end], s.style) for s in legend.spans] == [
         ("1 25%", "bright_blue"),
         ("2 50%", "cyan"),
         ("3 0%", "yellow"),
@@ -380,17 +418,17 @@ def test_chat_wraps_the_prompt_and_text_may_spell_special_tokens(folder, monkeyp
 
     def note(net, prompts, **how):
         seen.extend(prompts)
-        yield sample.Token(0, 70, 1)
+        yield Token(0, 70, 1, 70)
 
     monkeypatch.setattr(sample, "generate", note)
-    call(monkeypatch, folder, "--prompt", "hi", "--chat")
-    call(monkeypatch, folder, "--prompt", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    call(monkeypatch, sample, folder, "--prompt", "hi", "--chat")
+    call(monkeypatch, sample, folder, "--prompt", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert seen[0] == seen[1]
     assert seen[0][:2] == [1, 3 + ord("u")]
 
 
 def test_text_stops_at_the_end_of_text_and_of_a_turn(folder, monkeypatch):
-    net, tokenizer = sample.load(folder, CPU, "auto")
+    net, tokenizer = sample.load_with_tokenizer(folder, CPU, "auto")
     assert sample.stop_ids(net, tokenizer) == {0, 2}
     net.config = replace(net.config, eos_token_id=(5, 7))
     assert sample.stop_ids(net, tokenizer) == {0, 2, 5, 7}
@@ -398,10 +436,10 @@ def test_text_stops_at_the_end_of_text_and_of_a_turn(folder, monkeypatch):
 
     def note(net, prompts, done, **how):
         ends.extend(done(0, [9, token]) for token in (0, 1, 2))
-        yield sample.Token(0, 70, 1)
+        yield Token(0, 70, 1, 70)
 
     monkeypatch.setattr(sample, "generate", note)
-    call(monkeypatch, folder, "--prompt", "hi")
+    call(monkeypatch, sample, folder, "--prompt", "hi")
     assert ends == [True, False, True]
 
 
@@ -410,65 +448,81 @@ def test_the_threshold_of_the_checkpoint_is_the_default(folder, monkeypatch):
 
     def note(net, prompts, exit, **how):
         seen.append(exit)
-        yield sample.Token(0, 70, 1)
+        yield Token(0, 70, 1, 70)
 
     monkeypatch.setattr(sample, "generate", note)
     for flags in ([], ["--exit-threshold", 1], ["--exit", "confidence:0.9"], ["--exit", "gate:0.2"]):
-        call(monkeypatch, folder, "--prompt", "hi", *flags)
+        call(monkeypatch, sample, folder, "--prompt", "hi", *flags)
     assert seen == [Exit("gate", 0.5), Exit("gate", 1.0), Exit("confidence", 0.9), Exit("gate", 0.2)]
+    config = checkpoint.read_json(folder / "config.json")
+    checkpoint.write_json(folder / "config.json", config | {"early_exit_threshold": 0.25})
+    call(monkeypatch, sample, folder, "--prompt", "hi")
+    assert seen[-1] == Exit("gate", 0.25)
 
 
 def test_chain_arithmetic_is_answered_at_each_operand(tmp_path, monkeypatch, capsys):
     net = LoopedTransformer(replace(SHAPE, vocab_size=8), generator=torch.Generator().manual_seed(0))
-    model.save(net, tmp_path / "a", data.chain_tokenizer())
-    call(monkeypatch, tmp_path / "a", "--prompt", "3 + 4 × 2", "--show-loops", "--exit-threshold", 0)
+    checkpoint.save(net, tmp_path / "a", data.chain_tokenizer())
+    call(monkeypatch, sample, tmp_path / "a", "--prompt", "3 + 4 × 2", "--show-loops", "--exit-threshold", 0)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(" = ")[0] for line in lines[:3]] == ["3", "3 + 4", "3 + 4 × 2"]
     assert all(line.endswith("1 loop") for line in lines[:3])
-    call(monkeypatch, tmp_path / "a", "--prompt", "3 + 4 × 2", "--exit-threshold", 1, "--loops", 2)
+    call(monkeypatch, sample, tmp_path / "a", "--prompt", "3 + 4 × 2", "--exit-threshold", 1, "--loops", 2)
     assert capsys.readouterr().out.splitlines()[2].endswith("2 loops")
     for prompt in ("3 +", "3 4", "9 + 1", "+", "3 + x"):
-        assert "is not chain arithmetic" in refused(monkeypatch, tmp_path / "a", "--prompt", prompt)
+        assert "is not chain arithmetic" in refused(monkeypatch, sample, tmp_path / "a", "--prompt", prompt)
 
 
-def refused(monkeypatch, *args):
-    with pytest.raises(SystemExit) as error:
-        call(monkeypatch, *args)
-    message = str(error.value.code)
-    assert message.startswith("error: "), f"not refused in a sentence: {message}"
-    return message.removeprefix("error: ")
-
-
-REFUSALS = """--prompt a --exit-threshold 1.5 | --exit-threshold 1.5 is outside 0..1: give a threshold from 0
---prompt a --exit-threshold nan | --exit-threshold nan is outside 0..1
---prompt a --exit confidence:-0.1 | --exit confidence:-0.1 is outside 0..1
---prompt a --exit surprise:0.5 | --exit surprise:0.5 is not a rule and its threshold: give gate:0.9 or confidence:0.9
---prompt a --exit confidence | --exit confidence is not a rule and its threshold
+REFUSALS = """--prompt a --exit-threshold 1.5 | --exit-threshold 1.5 is out of its range: give a number from 0 to 1
+--prompt a --exit-threshold nan | --exit-threshold nan is out of its range
+--prompt a --exit confidence:-0.1 | --exit confidence:-0.1 is not RULE:THRESHOLD (0 to 1): give gate:0.9
+--prompt a --exit gate:nan | --exit gate:nan is not RULE:THRESHOLD (0 to 1)
+--prompt a --exit surprise:0.5 | --exit surprise:0.5 is not RULE:THRESHOLD (0 to 1): give gate:0.9 or confidence:0.9
+--prompt a --exit confidence | --exit confidence is not RULE:THRESHOLD
+--prompt a --exit= | --exit  is not RULE:THRESHOLD
 --prompt a --exit gate:0.5 --exit-threshold 0.5 | --exit gate:0.5 and --exit-threshold 0.5 are two rules
---prompt a --loops 0 | --loops 0 is below 1
---prompt a --max-tokens 0 | --max-tokens 0 is below 1
---prompt a --temperature -1 | --temperature -1.0 is out of its range
---prompt a --top-p 0 | --top-p 0.0 is out of its range
+--prompt a --loops 0 | --loops 0 is out of its range: give a number 1 or more
+--prompt a --max-tokens 0 | --max-tokens 0 is out of its range: give a number 1 or more
+--prompt a --temperature -1 | --temperature -1.0 is out of its range: give a number 0 or more
+--prompt a --temperature inf | --temperature inf is out of its range
+--prompt a --top-p 0 | --top-p 0.0 is out of its range: give a number above 0, at most 1
 --prompt= | the prompt is empty
 --prompt | the prompt is empty
 --prompt= --chat | the prompt is empty
+--prompt \udcff | --prompt '\\udcff' is not UTF-8: give text
 --prompt a --device tpu | --device tpu is not a device"""
 
 
 @pytest.mark.parametrize("case", REFUSALS.splitlines(), ids=lambda c: c.partition(" |")[0])
 def test_a_mistake_is_refused_in_a_sentence(folder, monkeypatch, case):
     flags, _, message = case.partition(" | ")
-    assert refused(monkeypatch, folder, *flags.split()).startswith(message)
+    assert refused(monkeypatch, sample, folder, *flags.split()).startswith(message)
 
 
 def test_a_folder_that_cannot_speak_is_refused(folder, tmp_path, monkeypatch):
-    assert refused(monkeypatch, folder, "--prompt", "a" * 65).startswith("the prompt has 65 tokens, the model 64")
-    assert "is not there" in refused(monkeypatch, tmp_path / "none", "--prompt", "a")
-    config = json.loads((folder / "config.json").read_text())
-    model.save(LoopedTransformer(replace(SHAPE, vocab_size=100)), tmp_path / "small", data.byte_tokenizer())
-    assert "has a vocabulary of 100, the tokenizer one of 259" in refused(
-        monkeypatch, tmp_path / "small", "--prompt", "a"
-    )
+    long = refused(monkeypatch, sample, folder, "--prompt", "a" * 65)
+    assert long == "the prompt has 65 tokens, the model 64 positions: give from 1 to 64 tokens"
+    assert "is not there" in refused(monkeypatch, sample, tmp_path / "none", "--prompt", "a")
+    checkpoint.save(LoopedTransformer(replace(SHAPE, vocab_size=100)), tmp_path / "small", text.byte_tokenizer())
+    small = refused(monkeypatch, sample, tmp_path / "small", "--prompt", "a")
+    assert "has a vocabulary of 100, the tokenizer one of 259" in small
     (folder / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in refused(monkeypatch, folder, "--prompt", "a")
-    assert config["early_exit_threshold"] == 0.5
+    assert "has no tokenizer.json" in refused(monkeypatch, sample, folder, "--prompt", "a")
+
+
+def test_no_text_is_read_as_markup(folder, tmp_path, monkeypatch, capsys):
+    """Neither prompts nor what is generated; nor the operands of a chain, nor a folder in a refusal."""
+    prompts, answer = ("[red]one[/red] :cat:", "[/]two"), "[b]x[/b] :dog:"
+
+    def note(net, prompts, **how):
+        for row in range(len(prompts)):
+            yield from (Token(row, 3 + b, 1, 0) for b in answer.encode())
+
+    monkeypatch.setattr(sample, "generate", note)
+    for flags in ([], ["--show-loops"]):
+        call(monkeypatch, sample, folder, "--prompt", *prompts, *flags)
+        shown = capsys.readouterr().out
+        assert all(prompt in shown for prompt in prompts)
+        assert shown.count(answer) == 2
+        call(monkeypatch, sample, folder, "--prompt", prompts[0], *flags)
+        assert answer in capsys.readouterr().out

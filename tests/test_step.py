@@ -253,7 +253,7 @@ def test_every_loss_weight_and_choice_of_a_variant_is_what_its_name_says():
     exact = replace(published, estimator="exact", rollouts=1)
     changes = {
         "exact": {},
-        "gate-only": {"rep_weight": 0.0, "gate_only": True},
+        "gate-only": {"rep_weight": 0.0, "gate_only": True, "lr": 1e-2},
         "rep-only": {"pg_weight": 0.0},
         "no-rep-no-entropy": {"rep_weight": 0.0, "ent_weight": 0.0},
         "no-selection": {"rho": 1.0},
@@ -305,10 +305,7 @@ def test_step_measures_reward_and_loops_in_the_units_a_reader_expects(batch):
     assert_close(metrics["loops"], (logpi.exp() @ torch.arange(1.0, 5).double()).mean())
 
 
-@pytest.mark.parametrize(
-    ("loops", "expected"),
-    [(2, []), (3, [1]), (4, [2])],
-)
+@pytest.mark.parametrize(("loops", "expected"), [(2, []), (3, [1]), (4, [2])])
 def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, loops, expected):
     ran, forward = [], LoopedTransformer.forward
 

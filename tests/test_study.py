@@ -412,9 +412,13 @@ def test_pictures_hold_a_curve_for_each_variant(done, monkeypatch, tmp_path):
         if axes is not exits:
             marks = [line.get_xydata()[0].tolist() for line in axes.lines if len(line.get_xydata()) == 1]
             assert marks == [pytest.approx([loops, 100 * accuracy]) for loops, accuracy in half]
-    for (loops, accuracy), (low, high), (bottom, top) in ((h, right.get_xlim(), right.get_ylim()) for h in half):
-        assert low < loops < high
-        assert bottom < 100 * accuracy < top
+    left_low, left_high = left.get_xlim()
+    assert left_low < 1 < 3 < left_high, "the left panel holds whole curves, the right one the exits at threshold 0.5"
+    each = [study.at_threshold_half(json.loads((done[1] / f"{name}-{seed}.json").read_text())["buckets"]["all"])
+            for name in names for seed in (0, 1)]  # fmt: skip
+    loops, accuracy = zip(*each, strict=True)
+    assert right.get_xlim() == pytest.approx((min(loops) - 0.2, max(loops) + 0.2))
+    assert right.get_ylim() == pytest.approx((100 * min(accuracy) - 0.5, 100 * max(accuracy) + 0.5))
 
 
 def test_a_picture_is_written(monkeypatch, tmp_path):
