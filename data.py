@@ -9,6 +9,8 @@ for the next token, of the response only if there is a prompt. `mask` is True wh
 
 A source answers `batch(index)` for every index from 0 on, so the position in the data is one integer. Batch `index` of
 a seed always holds the same rows, however many processes share them: process r of w takes rows r, r + w, r + 2w, ...
+
+From a file to a step: read_documents (support/text.py), encode, Documents.batch, collate, trim_and_move; then `train`.
 """
 
 import math
@@ -30,16 +32,6 @@ class Batch(NamedTuple):
     inputs: Tensor  # B T  token ids
     targets: Tensor  # B T  the token asked for at each position; the next one, for text
     mask: Tensor  # B T  True at target tokens; always on the CPU, so that counting them waits for no GPU
-
-
-def trim_and_move(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device, without the columns after the last target token: nothing reads them.
-    A batch without a target token becomes two tokens that are none: other processes may wait for this one's passes."""
-    if not batch.mask.any():
-        idle = torch.zeros(1, 2, dtype=torch.long, device=device)
-        return Batch(idle, idle, torch.zeros(1, 2, dtype=torch.bool))
-    length = int(batch.mask.any(0).nonzero().max()) + 1
-    return Batch(*(to_device(part[:, :length], device) for part in batch[:2]), batch.mask[:, :length])
 
 
 @dataclass(frozen=True)
@@ -219,6 +211,16 @@ def collate(rows: list[Row]) -> Batch:
 def pad(rows: list[list[int]]) -> Tensor:
     """Token ids, padded on the right with zeros.    -> B T"""
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+
+
+def trim_and_move(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device, without the columns after the last target token: nothing reads them.
+    A batch without a target token becomes two tokens that are none: other processes may wait for this one's passes."""
+    if not batch.mask.any():
+        idle = torch.zeros(1, 2, dtype=torch.long, device=device)
+        return Batch(idle, idle, torch.zeros(1, 2, dtype=torch.bool))
+    length = int(batch.mask.any(0).nonzero().max()) + 1
+    return Batch(*(to_device(part[:, :length], device) for part in batch[:2]), batch.mask[:, :length])
 
 
 def source(rows: Rows, config: DataConfig, *, batch: int, seed: object, held_out: bool = False):

@@ -161,7 +161,7 @@ class Tally(NamedTuple):
 
     def bootstrapped(self, rounds: int = 2000, seed: int = 0) -> "Tally":
         """Totals of the documents themselves, then of as many drawn from them, the same for every model.    -> 1+W"""
-        n, generator = len(self.tokens), data.seeded("bootstrap", seed)
+        n, generator = len(self.tokens), runtime.seeded("bootstrap", seed)
         totals = [self.weighted(torch.ones(1, n).double())]
         for start in range(0, rounds, 100):  # a hundred at once, so that memory doesn't grow with the rounds
             chosen = torch.randint(n, (min(100, rounds - start), n), generator=generator)

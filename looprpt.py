@@ -6,7 +6,7 @@
     torchrun --nproc-per-node 8 looprpt.py --model.loops 4     on eight GPUs
 
 The paper's symbols and the names they have here. B batch, T tokens, L loops, G rollouts, V vocabulary, and N the hard
-tokens of a batch. Loops are counted from 0 in the code and from 1 in all that a person sees.
+tokens of a batch. Tensors count loops from 0; prose, comments too, from 1.
 
     paper          here            shape      meaning
     log p(l)       logp            N L        log-probability of the gold token after each loop
@@ -23,15 +23,15 @@ tokens of a batch. Loops are counted from 0 in the code and from 1 in all that a
     A_g            advantage       N G        centred and scaled over the rollouts of a token
     w(l)           weights         N L        weight of each loop's log-likelihood
 
-Where the defaults differ from the paper (--paper undoes 1 to 5):
+Where the defaults differ from the paper (--paper undoes a to e):
 
-    1  the policy gradient is the expectation over exits, not one drawn exit a rollout      exact_policy_loss
-    2  no noise, so the rollouts are the clean pass; all target tokens, not the hard fifth  noisy_gates, hard_tokens
-    3  a share of the likelihood is the last loop's alone: loops left early would decay     representation_loss
-    4  the earlier loops learn the last one's distribution                                  distillation
-    5  a loop costs more, the entropy bonus is smaller                                      RPTConfig
-    6  entropy is a bonus: the paper's text has its sign the wrong way round                rpt_step
-    7  K3's log-ratio is clamped, so that it stays finite                                   k3_kl
+    a  the policy gradient is the expectation over exits, not one drawn exit a rollout      exact_policy_loss
+    b  no noise, so the rollouts are the clean pass; all target tokens, not the hard fifth  noisy_gates, hard_tokens
+    c  a share of the likelihood is the last loop's alone: loops left early would decay     representation_loss
+    d  the earlier loops learn the last one's distribution                                  distillation
+    e  a loop costs more, the entropy bonus is smaller                                      RPTConfig
+    f  entropy is a bonus: the paper's text has its sign the wrong way round                rpt_step
+    g  K3's log-ratio is clamped, so that it stays finite                                   k3_kl
 """
 
 import copy
@@ -74,8 +74,8 @@ class TrainConfig:
     warmup: Share = 0.03  # share of the steps in which the learning rate rises; then it falls along a cosine
     compile: Literal["auto", "on", "off"] = "auto"  # the layers, by torch.compile (auto: on a GPU)
     recompute: bool = False  # compute each layer's activations again in the backward pass: slower, in less memory
-    save_every: Positive = 500  # steps between saves of the whole run; it is saved at the end of a stage too
-    keep: Positive = 2  # the newest of these that stay
+    save_every: Positive = 500  # steps between two saved states (one more at the end of a stage)
+    keep: Positive = 2  # saved states of a stage to keep, the newest
     max_bad_steps: Positive = 10  # stop after so many steps in a row whose loss or gradient is not finite (skipped)
     timeout: Positive = 600  # seconds to wait for another process
 
@@ -113,8 +113,8 @@ class RPTConfig:
     lambda_scale: NonNegativeFloat = 0.5  # how much more a loop costs on an easy token
     pg_weight: NonNegativeFloat = 1.0  # weight of the policy loss
     rep_weight: NonNegativeFloat = 1.0  # weight of the representation loss
-    rep_bonus: NonNegativeFloat = 1.0  # in it, extra weight of the loops that pay (0: each as often as it is the exit)
-    floor: Share = 0.3  # share of that loss which is the last loop's alone (the paper: 0; 1: next-token training)
+    rep_bonus: NonNegativeFloat = 1.0  # in that loss, extra weight of loops of above-average reward (0: weights pi(l))
+    floor: Share = 0.3  # share of that loss that is the last loop's alone (the paper: 0; 1: next-token training)
     distill_weight: NonNegativeFloat = 0.3  # weight of the KL from the last loop to the earlier ones (the paper: 0)
     ent_weight: NonNegativeFloat = 0.003  # weight of the entropy bonus (the paper: 0.01)
     kl_weight: NonNegativeFloat = 1e-4  # weight of the KL to the teacher
@@ -127,8 +127,8 @@ class RPTConfig:
         return self.noise_std > 0 and self.pg_weight > 0
 
 
-PUBLISHED = {"estimator": "sampled", "rollouts": 8, "noise_std": 0.1, "rho": 0.2, "floor": 0.0, "distill_weight": 0.0}
-PAPER = RPTConfig(**PUBLISHED, lambda_base=0.02, ent_weight=0.01)
+SAMPLED = {"estimator": "sampled", "rollouts": 8, "noise_std": 0.1, "rho": 0.2}
+PAPER = RPTConfig(**SAMPLED, floor=0.0, distill_weight=0.0, lambda_base=0.02, ent_weight=0.01)  # as published
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Config:
     out: Path | None = None  # folder of the run (none: out, or with --init out/NAME-STAGES)
     resume: bool = False  # go on with the run in that folder, with the flags it was started with
     paper: bool = False  # the --rpt flags start from LoopRPT as published
-    seed: int = 0  # of the weights, the rows and the noise
+    seed: int = 0  # seed of the weights, the order of the rows, and the noise
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
     save_dtype: DType = "fp32"  # of the weights in the final checkpoints; training keeps float32
@@ -175,13 +175,13 @@ def entropy_of(logits: Tensor) -> Tensor:
 
 def hard_count(mask: Tensor, rho: float) -> Tensor:
     """How many tokens of each row are hard: rho of its target tokens, rounded up.    B T -> B"""
-    return torch.ceil(rho * mask.sum(-1).double() - 1e-9).long()
+    return torch.ceil(rho * mask.sum(-1).double() - 1e-9).long()  # 0.1 * 30 is a bit above 3
 
 
 def hard_tokens(entropy: Tensor, mask: Tensor, rho: float) -> Tensor:
-    """The target tokens of each row at which the teacher is least sure.    B T, B T -> B T    (step 2)"""
+    """The `hard_count` target tokens of each row at which the teacher is least sure.    B T, B T -> B T    (step 2)"""
     order = entropy.masked_fill(~mask, -math.inf).argsort(dim=-1, descending=True, stable=True)  # B T
-    return order.argsort(-1) < hard_count(mask, rho)[:, None]
+    return order.argsort(-1) < hard_count(mask, rho)[:, None]  # rank < count
 
 
 def reference(teacher_logp: Tensor, teacher_gate: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -199,12 +199,12 @@ def loop_cost(entropy: Tensor, vocab: int, lambda_base: float, lambda_scale: flo
 def exit_reward(logp: Tensor, baseline: Tensor, cost: Tensor, ref_loop: Tensor) -> Tensor:
     """R(l): what leaving after loop l gains over the teacher, less its cost.    N L, N, N, N -> N L    (step 5)
     A constant: no gradient passes."""
-    late = torch.arange(logp.shape[-1], device=logp.device) - ref_loop[:, None]  # N L
+    late = torch.arange(logp.shape[-1], device=logp.device) - ref_loop[:, None]  # N L  negative before ref_loop
     return (logp - baseline[:, None] - cost[:, None] * late).detach()
 
 
 def standardized(x: Tensor) -> Tensor:
-    """Centred, and divided by the (unbiased) standard deviation, over the last axis.    ... K -> ... K    (7, 8)"""
+    """Centred, and divided by the (unbiased) standard deviation, over the last axis.   ... K -> ... K    (step 7, 8)"""
     return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6)
 
 
@@ -215,7 +215,7 @@ def draw_exits(logpi: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def sampled_policy_loss(rollout_logpi: Tensor, exits: Tensor, reward: Tensor) -> Tensor:
-    """The paper's policy gradient: a drawn exit against the token's other rollouts.    N G L, N G, N L -> N    (7)"""
+    """The paper's policy gradient: a drawn exit beside the token's other ones.    N G L, N G, N L -> N    (step 7)"""
     advantage = standardized(reward.gather(-1, exits))  # N G
     return -(advantage.detach() * rollout_logpi.gather(-1, exits[..., None]).squeeze(-1)).mean(-1)
 
@@ -230,7 +230,7 @@ def exact_policy_loss(rollout_logpi: Tensor, reward: Tensor) -> Tensor:
 
 
 def representation_loss(logp: Tensor, logpi: Tensor, reward: Tensor, bonus: float = 1.0, floor: float = 0.0) -> Tensor:
-    """Likelihood of the gold token, weighted to the loops that pay.    N L, N L, N L -> N    (step 8)
+    """Negative log-likelihood of the gold token, more on loops that pay.    N L, N L, N L -> N    (step 8)
     bonus  extra weight of those that pay (1: the paper; 0: each as often as it is the exit, Stage I)
     floor  share of the loss that is the last loop's alone (0: the paper; 1: next-token training)"""
     weights, last = logpi.exp() * (1 + bonus * standardized(reward).relu()), -logp[:, -1]  # N L, N
@@ -260,13 +260,13 @@ def stage1_loss(logp: Tensor, logpi: Tensor, beta: float) -> Tensor:
 
 def gate_loss(gate: Tensor, logp: Tensor) -> Tensor:
     """Whether to go on, learned from what the next loop gains.    N L, N L -> N    (Ouro, Stage II)
-    Gate l is labelled with the gain from loop l to l + 1: the paper's index, one lower, never trains the first gate."""
+    Gate l is labelled with the gain from loop l to l + 1: Ouro prints one lower, which never trains the first gate."""
     gain = (logp[:, 1:] - logp[:, :-1]).detach().relu()  # N L-1
-    go_on = torch.sigmoid(50 * (gain - 0.005))  # N L-1
+    go_on = torch.sigmoid(50 * (gain - 0.005))  # N L-1  Ouro's slope and threshold
     return F.binary_cross_entropy_with_logits(-gate[:, :-1], go_on, reduction="none").mean(-1)
 
 
-# Speed, not method: logits of few tokens at a time, and of a rollout only what can differ from the clean pass
+# Passes, made cheap: logits of few tokens at a time, and of a rollout only what can differ from the clean pass
 
 
 def gold_logp(net: LoopedTransformer, hidden: Tensor, targets: Tensor, distill: bool = False) -> tuple[Tensor, Tensor]:
@@ -356,6 +356,7 @@ def rpt_step(
 
         # 2 Hard tokens: from here on, N of them are all that reaches the vocabulary
         hard = hard_tokens(entropy, to_device(batch.mask, entropy.device), cfg.rho)  # B T
+        torch._assert_async(hard.sum() == n_hard, "hard_tokens must select hard_count tokens of each row")
         index = hard.flatten().nonzero_static(size=n_hard)[:, 0]  # N
         targets, entropy, ref_hidden, ref_gate = pick(index, batch.targets, entropy, *ref)  # N, N, N L D, N L
 
@@ -363,7 +364,7 @@ def rpt_step(
         teacher_logp, _ = gold_logp(teacher, ref_hidden, targets)  # N L
         ref_loop, baseline = reference(teacher_logp, ref_gate, cfg.tau)  # N, N
 
-    # 4 Student, clean pass
+    # 4 Student, clean pass (and step 8's distillation, while the logits are there)
     clean = student(batch.inputs)  # B T L D, B T L
     hidden, gate = pick(index, *clean)  # N L D, N L
     logpi = exit_logpdf(gate)  # N L
@@ -405,7 +406,7 @@ def rpt_step(
 
 
 def start_stage(stage: Stage, student: LoopedTransformer, config: Config, *, teacher=None) -> Run:
-    """A stage at its first step, on as many processes as there are; the EMA teacher starts as a copy of the student."""
+    """A stage, ready to train on as many processes as there are; the EMA teacher starts as a copy of the student."""
     cfg, device = getattr(config, stage), student.embed_tokens.weight.device
     if stage == "rpt":
         teacher = (teacher or copy.deepcopy(student)).requires_grad_(False)
@@ -447,7 +448,7 @@ def train(
     stopping  asked in every step whether to end after it; one process's yes ends all
     log       takes each step's numbers
     save      writes the run, every train.save_every steps and at the end
-    A step whose loss or gradient is not finite changes nothing. Raises UserError after train.max_bad_steps in a row."""
+    A step whose loss or gradient is not finite updates nothing; train.max_bad_steps in a row raise UserError."""
     stage, cfg, (rank, world) = run.stage, getattr(config, run.stage), processes.rank_and_world()
     device = run.student.embed_tokens.weight.device
     order = f"{config.seed}/{'pretrain' if stage == 'pretrain' else 'rpt'}"  # gate and rpt see the same rows
@@ -462,7 +463,7 @@ def train(
         most = math.ceil(n_rows / world)  # rows of the first process; every process runs as many micro-batches
         size = config.train.micro_batch or most
 
-        # Loss and backward pass, a micro-batch at a time; all processes exchange all gradients, so none may be missing
+        # Loss and backward pass, a micro-batch at a time; a process without target tokens exchanges gradients of zero
         metrics, flops = defaultdict(float), 0.0
         for p in parameters:
             p.grad = torch.zeros_like(p)
@@ -475,7 +476,7 @@ def train(
                 elif stage == "gate":
                     output = gate_step(run.student, micro, cfg, counts=counts)
                 else:
-                    noise = data.seeded(config.seed, "noise", run.step, rank, i, device=device)
+                    noise = runtime.seeded(config.seed, "noise", run.step, rank, i, device=device)
                     output = rpt_step(run.student, run.teacher, micro, cfg, counts=counts, generator=noise)
             processes.reshard(run.teacher)
             output.loss.backward()
@@ -569,7 +570,7 @@ def first_student(config: Config, tokenizer: Tokenizer, done: Sequence[Stage], d
         student.config = config.model.resolved()  # --model.loops may ask for fewer, or more
         return student
     shape = replace(config.model, vocab_size=text.vocab_size(tokenizer), eos_token_id=text.eos_id(tokenizer))
-    return LoopedTransformer(shape, generator=data.seeded(config.seed, "weights")).to(device)
+    return LoopedTransformer(shape, generator=runtime.seeded(config.seed, "weights")).to(device)
 
 
 # The command line

@@ -27,7 +27,7 @@ import data
 from model import LoopedTransformer, ModelConfig, exit_loop
 from support import checkpoint, text
 from support.ranges import NonNegativeFloat, Positive, PositiveShare, Range, require_ranges
-from support.runtime import DTYPES, Precision, UserError, pick_device, run_cli
+from support.runtime import DTYPES, Precision, UserError, pick_device, run_cli, seeded
 
 CacheRule = Literal["copy", "last", "full"]
 Ints = list[int]  # of rows of the cache: their numbers, or each one's loop or position
@@ -190,7 +190,7 @@ def generate(
     length = min(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), most)
     size, kept_loops = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
     kv_cache = Cache(net.config, size, length, loops=kept_loops, device=weight.device, dtype=weight.dtype)
-    generators, waiting = [data.seeded("draws", s) for s in seeds or range(len(prompts))], [*range(len(prompts))]
+    generators, waiting = [seeded("draws", s) for s in seeds or range(len(prompts))], [*range(len(prompts))]
 
     # Of the newest token in each row: its state, its state at the exit, and log P(its gate has not stopped it)
     state, exit_state = weight.new_empty(2, size, net.config.width)  # R D, R D

@@ -47,8 +47,10 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.
     """Random weights, wide enough that the gate finds tokens to leave after every loop."""
     c = replace(SHAPES[shape], init_std=0.06)
     with torch.device(device):
-        net = LoopedTransformer(c, generator=data.seeded(shape, device=device)).to(dtype)
-    nn.init.normal_(net.early_exit_gate.weight, std=1.5 * c.width**-0.5, generator=data.seeded("gate", device=device))
+        net = LoopedTransformer(c, generator=runtime.seeded(shape, device=device)).to(dtype)
+    nn.init.normal_(
+        net.early_exit_gate.weight, std=1.5 * c.width**-0.5, generator=runtime.seeded("gate", device=device)
+    )
     nn.init.constant_(net.early_exit_gate.bias, -2.5)
     return net
 
@@ -96,7 +98,7 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
         problem = f"--prompt-tokens {config.prompt_tokens} and --tokens {config.tokens}"
         raise UserError(f"{problem} are more than the model's {most} positions: give less")
     size = 4 * config.batch if config.batch > 1 else 1, config.prompt_tokens
-    prompts = torch.randint(net.config.vocab_size, size, generator=data.seeded("prompts")).tolist()
+    prompts = torch.randint(net.config.vocab_size, size, generator=runtime.seeded("prompts")).tolist()
     how = {"max_tokens": config.tokens, "cache": config.cache, "temperature": 1.0, "batch": config.batch}
     runs = {threshold: [] for threshold in (*config.thresholds, 1.0)}
     for _ in runtime.progress_bar(range(1 + config.rounds), "rounds"):
@@ -317,7 +319,7 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
     teacher = random_model(config.shape, device).requires_grad_(False)  # the same weights
     standing = 4 * 4 * sum(p.numel() for p in net.parameters())  # weights of both, and two moments
     optimizer = make_optimizer(net, 0.0, 0.0)  # a learning rate of 0: all forms meet the same weights
-    ids = torch.randint(net.config.vocab_size, (rows, length + 1), generator=data.seeded("rows")).tolist()
+    ids = torch.randint(net.config.vocab_size, (rows, length + 1), generator=runtime.seeded("rows")).tolist()
     batch = data.trim_and_move(data.collate([data.Row(row, 1) for row in ids]), device)
     forms = {form: cfg for form, cfg in FORMS.items() if config.naive or form != "naive"}
     if config.compile:
@@ -328,7 +330,7 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
             layer.compiled = form.endswith("compiled")
         net.recompute = config.recompute and form != "naive"
         start = time.perf_counter()
-        cfg, noise = forms[form], data.seeded("noise", device=device)
+        cfg, noise = forms[form], runtime.seeded("noise", device=device)
         with runtime.autocast(device, config.precision):
             if form == "naive":
                 loss = naive_step(net, teacher, batch, cfg, noise)

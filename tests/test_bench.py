@@ -14,7 +14,7 @@ import looprpt
 import sample
 from lab import bench
 from model import LoopedTransformer, ModelConfig
-from support import checkpoint, text
+from support import checkpoint, runtime, text
 
 SHAPE = ModelConfig(layers=1, width=16, heads=2, vocab_size=259)
 
@@ -193,17 +193,17 @@ def test_the_naive_step_is_the_same_step(rollouts, monkeypatch):
     """The same loss and gradient as ours, for the same noise and the same drawn exits; in at most sixty lines."""
     assert len(inspect.getsource(bench.naive_step).splitlines()) <= 60
     draw = looprpt.draw_exits
-    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, _: draw(logpi, data.seeded("exits")))
-    ids = torch.randint(259, (3, 12), generator=data.seeded("ids"))
-    mask = torch.rand(3, 11, generator=data.seeded("mask")) < 0.7
+    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, _: draw(logpi, runtime.seeded("exits")))
+    ids = torch.randint(259, (3, 12), generator=runtime.seeded("ids"))
+    mask = torch.rand(3, 11, generator=runtime.seeded("mask")) < 0.7
     batch, results = data.Batch(ids[:, :-1], ids[:, 1:], mask), []
     cfg = replace(looprpt.PAPER, rollouts=rollouts, noise_std=0.3, rho=0.4, kl_weight=0.3, ent_weight=0.2)
     counts, _ = looprpt.count_tokens(batch, cfg.rho, torch.device("cpu"))
     for form in ("naive", "ours"):
         student, teacher = (
-            LoopedTransformer(replace(SHAPE, init_std=0.3), generator=data.seeded(who)).double() for who in "st"
+            LoopedTransformer(replace(SHAPE, init_std=0.3), generator=runtime.seeded(who)).double() for who in "st"
         )
-        noise = data.seeded("noise")
+        noise = runtime.seeded("noise")
         if form == "naive":
             loss = bench.naive_step(student, teacher, batch, cfg, noise)
         else:

@@ -9,7 +9,7 @@ import torch
 import data
 from data import Chain, DataConfig, Documents, Row
 from model import LoopedTransformer, ModelConfig
-from support import checkpoint, text
+from support import checkpoint, runtime, text
 from support.runtime import UserError
 
 
@@ -197,7 +197,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path):
 
 
 def test_the_generator_depends_on_the_key_alone():
-    draw = lambda *key: torch.rand(3, generator=data.seeded(*key)).tolist()  # noqa: E731
+    draw = lambda *key: torch.rand(3, generator=runtime.seeded(*key)).tolist()  # noqa: E731
     assert draw(0, "noise", 1) == draw(0, "noise", 1)
     assert len({tuple(draw(*key)) for key in ((0, "a"), (0, "b"), (1, "a"), (0, "a", 1), (0,), (1,))}) == 6
 

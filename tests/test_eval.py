@@ -11,6 +11,7 @@ import data
 import eval
 from eval import Scores, Tally
 from model import LoopedTransformer, ModelConfig
+from support import runtime
 from support.runtime import UserError
 
 L = 4
@@ -157,9 +158,9 @@ def test_seeds_are_averaged_on_the_same_documents(scores):
 
 def test_scores_are_those_of_each_token_and_know_their_document():
     net = LoopedTransformer(
-        ModelConfig(layers=1, width=16, heads=2, vocab_size=20, init_std=0.3), generator=data.seeded(0)
+        ModelConfig(layers=1, width=16, heads=2, vocab_size=20, init_std=0.3), generator=runtime.seeded(0)
     )
-    rows = [data.Row(torch.randint(20, (n,), generator=data.seeded(n)).tolist(), 2) for n in (9, 5, 7, 6, 8)]
+    rows = [data.Row(torch.randint(20, (n,), generator=runtime.seeded(n)).tolist(), 2) for n in (9, 5, 7, 6, 8)]
     source = data.Documents(rows, batch=2, seed=0)
     s = eval.score(net, source, device=torch.device("cpu"))
     k = document = 0

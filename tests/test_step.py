@@ -567,7 +567,7 @@ def test_the_teacher_is_a_moving_average_without_gradient(monkeypatch):
 def test_training_repeats_bit_for_bit_from_its_seed():
     runs = []
     for seed in (0, 0, 1):
-        student = LoopedTransformer(replace(SHAPE, vocab_size=8), generator=data.seeded(seed))
+        student = LoopedTransformer(replace(SHAPE, vocab_size=8), generator=runtime.seeded(seed))
         config = Config(seed=seed, data=DataConfig(operands=4), train=TrainConfig(batch=16), rpt=RPTConfig(steps=3))
         train(looprpt.start_stage("rpt", student, config), config, None)
         runs.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
@@ -589,3 +589,12 @@ def test_every_step_process_micro_batch_and_seed_has_its_own_noise(monkeypatch):
         train(looprpt.start_stage("rpt", make(0), config), config, rows())
     assert len(seeds) > 9, "two steps of one or two rows, three times"
     assert len({*seeds}) == len(seeds)
+
+
+def test_a_selection_that_takes_another_number_of_tokens_is_noticed(batch, monkeypatch):
+    """rpt_step counts the hard tokens before it knows which they are: silently it would train on others."""
+    cfg = replace(PAPER, rollouts=2)
+    for wrong in (lambda entropy, mask, rho: mask, lambda entropy, mask, rho: mask & False):
+        monkeypatch.setattr(looprpt, "hard_tokens", wrong)
+        with pytest.raises(RuntimeError, match="hard_tokens must select hard_count tokens"):
+            rpt_step(make(0), make(1), batch, cfg, counts=counts_of(batch, cfg.rho))
