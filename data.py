@@ -77,14 +77,14 @@ class Chain:
     def batch(self, index: int, *, rank: int = 0, world: int = 1) -> Batch:
         size = min(self.size, self.held_out - index * self.size) if self.held_out else self.size
         generator = seeded(self.seed, "held out" if self.held_out else "train", index)
-        found, n = [], 0
+        kept, n = [], 0
         while n < size:
             operands = torch.randint(MODULUS, (16 * size, self.operands), generator=generator)
             operators = torch.randint(len(OPERATORS), (16 * size, self.operands - 1), generator=generator)
             keep = self.is_held_out(operands, operators) == bool(self.held_out)
-            found.append((operands[keep], operators[keep]))
+            kept.append((operands[keep], operators[keep]))
             n += int(keep.sum())
-        operands, operators = (torch.cat(part)[:size][rank::world] for part in zip(*found, strict=True))
+        operands, operators = (torch.cat(part)[:size][rank::world] for part in zip(*kept, strict=True))
         return chain_batch(operands, operators)
 
     @staticmethod
@@ -161,7 +161,7 @@ def encode(path: Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[R
         if left_out := len(pairs) - len(rows):
             notes.append(f"{path}: {left_out} of them are left out, their prompt alone fills the row")
     if not rows:
-        raise UserError(f"{path} has no token that counts: give longer text, or raise --data.length {config.length}")
+        raise UserError(f"{path} has no target token: give longer text, or raise --data.length {config.length}")
     return rows, notes
 
 

@@ -116,12 +116,12 @@ def damage_of(state: Path) -> str | None:
 
 def latest_state(folder: Path, stage: Stage, step: int | None = None) -> Path | None:
     """The newest sound state of a stage, or that of a step; damaged ones are renamed. All processes agree."""
-    chosen: list[Path | None] = [None]
+    chosen = torch.tensor(-1)  # its step: objects would travel between processes as pickles
     if is_writer():
         states = saved_states(folder, (stage,))
         for state in states if step is None else [s for s in states if s.name == f"{stage}-{step:06}"]:
             if not (damage := damage_of(state)):
-                chosen = [state]
+                chosen.fill_(int(state.name.partition("-")[2]))
                 break
             console.print(f"{state} is skipped ({damage})", soft_wrap=True)
             if (state / "state.json").exists():  # it may still be of use to somebody
@@ -130,8 +130,9 @@ def latest_state(folder: Path, stage: Stage, step: int | None = None) -> Path | 
             else:
                 shutil.rmtree(state)  # it was being removed
     if dist.is_initialized():
-        dist.broadcast_object_list(chosen)
-    return chosen[0]
+        chosen = chosen.to("cuda") if dist.get_backend() == "nccl" else chosen
+        dist.broadcast(chosen, 0)
+    return folder / "state" / f"{stage}-{int(chosen):06}" if chosen >= 0 else None
 
 
 def load_models(state: Path, shape: ModelConfig, device: torch.device) -> tuple:

@@ -260,9 +260,9 @@ def test_a_file_is_refused_in_a_sentence_with_the_place(tmp_path, name, content,
         text.read_documents(tmp_path / name)
 
 
-def test_a_file_without_a_token_that_counts_is_refused(tmp_path):
+def test_a_file_without_a_target_token_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"problem": "p" * 500, "solution": "s"}])
-    with pytest.raises(UserError, match=r"has no token that counts: give longer text, or raise --data.length 30"):
+    with pytest.raises(UserError, match=r"has no target token: give longer text, or raise --data.length 30"):
         encode(path, DataConfig(length=30))
 
 
