@@ -53,8 +53,10 @@ def require_ranges(config: object, group: str = "") -> None:
 def config_from_json(kind: type, values: dict, defaults: dict[type, object]):
     """A configuration from its JSON form.
     defaults  what a configuration of some type has where the record, of an older version, says nothing"""
-    known = {}
-    for name, hint in get_type_hints(kind).items():
+    known, hints = {}, get_type_hints(kind)
+    if gone := ", ".join(sorted(values.keys() - hints.keys())):
+        raise UserError(f"the run was started with flags of another version ({gone}): go on with that version")
+    for name, hint in hints.items():
         if name not in values and not is_dataclass(hint):
             continue  # a flag that came later
         value = values[name]

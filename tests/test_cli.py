@@ -322,3 +322,11 @@ def test_every_flag_has_a_line_of_help(monkeypatch, capsys):
     for flag in """--model.loops --data.path --pretrain.steps --pretrain.lr --gate.steps --rpt.steps --rpt.rollouts
         --rpt.noise-std --rpt.lr --model.width --seed --out --init --objective --device""".split():
         assert flag in flags
+
+
+def test_a_run_with_flags_of_another_version_is_not_resumed_as_something_else(run, tmp_path, monkeypatch):
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["rpt"]["rep_loops"] = "exits"
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    message = refused(monkeypatch, looprpt, "--out", tmp_path, "--resume")
+    assert message == "the run was started with flags of another version (rep_loops): go on with that version"
