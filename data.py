@@ -9,7 +9,6 @@ for the next token, of the response only if there is a prompt. `mask` is True wh
 
 A source answers `batch(index)` for every index from 0 on, so the position in the data is one integer. Batch `index` of
 a seed always holds the same rows, however many processes share them: process r of w takes rows r, r + w, r + 2w, ...
-
 From a file to a step: read_documents (support/text.py), encode, Documents.batch, collate, trim_and_move; then `train`.
 """
 
@@ -235,15 +234,15 @@ def split(config: DataConfig, tokenizer: Tokenizer, *, seed: int, world: int = 1
     if config.path is None:
         return None, None, []
     train, notes = encode(config.path, tokenizer, config)
-    if len(train) < world:
-        raise UserError(f"{config.path} gives {len(train)} rows for {world} processes: each needs one")
+    if not config.val and len(train) < 2:
+        raise UserError(f"{config.path} gives a single row, so none can be held out: give --data.val")
+    n = 0 if config.val else min(256, math.ceil(len(train) / 20))  # rows held out
+    if len(train) - n < world:
+        raise UserError(f"{config.path} gives {len(train) - n} rows for {world} processes: each needs one")
     if config.val:
         val, val_notes = encode(config.val, tokenizer, config)
         return train, val, notes + val_notes
-    if len(train) < 2:
-        raise UserError(f"{config.path} gives a single row, so none can be held out: give --data.val")
     order = torch.randperm(len(train), generator=seeded(seed, "held out")).tolist()
-    n = min(256, math.ceil(len(train) / 20))
     return [train[i] for i in order[n:]], [train[i] for i in order[:n]], notes
 
 

@@ -281,8 +281,7 @@ def results(scores: dict[str, Scores], *, device: torch.device, seed: int) -> di
 
 
 def print_results(comparison: dict) -> None:
-    """Print accuracy by loop, the same by operand or by difficulty, and what each exit rule makes of the loops.
-    "exit 0.5" is the accuracy where the gate leaves at threshold 0.5, "loops" the average loops there."""
+    """Print accuracy by loop and at exit threshold 0.5, also by operand or difficulty, and what exit rules reach."""
     models = {name: model["buckets"] for name, model in comparison["models"].items()}
     depths = [bucket for bucket in next(iter(models.values())) if bucket.startswith("depth_")]
     by, loops = "operand" if depths else "difficulty", max(len(m["all"]["by_loop"]) for m in models.values())

@@ -551,8 +551,9 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
             files = {"tokenizer": None if keeps_files else tokenizer, "source": config.init}
             checkpoint.save(run.student, target, dtype=runtime.DTYPES[config.save_dtype], **files)
             done = (*done, stage)
-            last = folder / "state" / f"{stage}-{run.step:06}" / "student"
-            student = checkpoint.load(last, device) if world > 1 else run.student
+            if stage != config.objective[-1]:
+                last = folder / "state" / f"{stage}-{run.step:06}" / "student"
+                student = checkpoint.load(last, device) if world > 1 else run.student
         models[target.name if target.name not in models else str(target)] = target
     if rank == 0:
         checkpoint.write_json(folder / "run.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})

@@ -63,7 +63,8 @@ def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]],
         table.add_column(head, justify="left" if i < left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row) if row else table.add_section()
-    console.print(table)
+    table.width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    console.print(table, crop=False)  # whole, however narrow a terminal or a pipe is
 
 
 def print_notes(notes: Sequence[str]) -> None:
@@ -179,8 +180,8 @@ def open_logger(name: Literal["none", "tensorboard", "wandb"], folder: Path, con
         named = {f"{numbers['stage']}/{key}": x for key, x in numbers.items() if key != "stage" and x is not None}
         if name == "wandb":
             wandb.log(named)
-        for key, value in named.items() if name == "tensorboard" else ():
-            writer.add_scalar(key, value, numbers["step"])
+        for key in [key for key in named if not key.endswith("/step")] if name == "tensorboard" else ():
+            writer.add_scalar(key, named[key], numbers["step"])
 
     return write
 

@@ -100,13 +100,14 @@ def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.j
         out: where to write tokenizer.json."""
     if vocab < 259:
         raise UserError(f"--vocab {vocab} is too small: 3 special tokens and 256 bytes need 259")
+    documents = read_documents(path)
     require_new(out)
     tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.ByteLevel()
     bpe = trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((text for pair in read_documents(path) for text in pair if text), bpe)
+    tokenizer.train_from_iterator((text for pair in documents for text in pair if text), bpe)
     tokenizer.save(str(out))
     print(f"{out}: {vocab_size(tokenizer)} tokens, learned from {path}")
 

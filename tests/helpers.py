@@ -5,6 +5,7 @@ import runpy
 import sys
 
 import pytest
+import torch
 
 from support import runtime
 
@@ -32,7 +33,7 @@ def slow_exit(gates, threshold: float) -> int:
     """Loops that a token takes: the first (from 1) after which it has left with this probability, or all."""
     stayed = 1.0
     for loop, gate in enumerate(gates, 1):
-        stayed *= 1 - 1 / (1 + math.exp(-float(gate)))
+        stayed *= 1 - 1 / (1 + math.exp(-torch.as_tensor(gate).item()))
         if loop == len(gates) or (threshold < 1 and 1 - stayed >= threshold):
             return loop
     raise AssertionError("no gate was given")

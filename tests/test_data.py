@@ -301,3 +301,9 @@ def test_tokenizers_are_refused_in_a_sentence(tmp_path):
 def test_data_flags_out_of_range_are_refused(config, message):
     with pytest.raises(UserError, match=message):
         config.check()
+
+
+def test_every_process_needs_a_row_of_those_that_are_not_held_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
+    with pytest.raises(UserError, match=r"gives 1 rows for 2 processes: each needs one"):
+        data.split(DataConfig(path=path), text.byte_tokenizer(), seed=0, world=2)

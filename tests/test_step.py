@@ -305,6 +305,38 @@ def test_step_measures_reward_and_loops_in_the_units_a_reader_expects(batch):
     assert_close(metrics["loops"], (logpi.exp() @ torch.arange(1.0, 5).double()).mean())
 
 
+def test_the_logged_reward_and_loops_are_means_over_the_hard_tokens(batch):
+    """The reference moves no gradient, but the reward that a person watches."""
+    student, teacher = make(0), make(1)
+    cfg = replace(PAPER, estimator="exact", noise_std=0.0, rho=0.4, rollouts=G)
+    metrics = rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, cfg.rho)).metrics
+    rewards, loops, quiet = [], [], [torch.zeros(T, SHAPE.width)] * 3
+    for b in range(B):
+        (states, gates), (ref, ref_gates) = (slow_rollout(net, batch.inputs[b], quiet) for net in (student, teacher))
+        p = teacher.lm_head(ref[-1]).softmax(-1)
+        entropy = -(p * p.log()).sum(-1)
+        targets = [t for t in range(T) if batch.mask[b, t]]
+        for t in sorted(targets, key=lambda t: -entropy[t])[: math.ceil(cfg.rho * len(targets))]:
+            y, pi = batch.targets[b, t], slow_pdf([g[t] for g in gates])
+            ref_loop = slow_exit([g[t] for g in ref_gates], cfg.tau) - 1
+            cost = cfg.lambda_base * (1 + cfg.lambda_scale * (1 - min(1.0, entropy[t].item() / math.log(11))))
+            gain = [slow_logp(student, x[t], y) - slow_logp(teacher, ref[ref_loop][t], y) for x in states]
+            rewards.append(sum(q * (gain[i] - cost * (i - ref_loop)) for i, q in enumerate(pi)))
+            loops.append(sum(q * i for i, q in enumerate(pi, 1)))
+    assert_close(metrics["reward"], torch.stack(rewards).mean())
+    assert_close(metrics["loops"], torch.stack(loops).mean())
+
+
+def test_gate_and_rpt_see_the_same_rows_and_pretraining_others(monkeypatch):
+    seeds, source = [], data.source
+    monkeypatch.setattr(data, "source", lambda *args, **how: seeds.append(how["seed"]) or source(*args, **how))
+    config = Config(train=TrainConfig(batch=4))
+    for stage in ("pretrain", "gate", "rpt"):
+        run = looprpt.start_stage(stage, LoopedTransformer(replace(SHAPE, vocab_size=8)), config)
+        train(run, config, None, stopping=lambda: True)
+    assert seeds[1] == seeds[2] != seeds[0]
+
+
 @pytest.mark.parametrize(("loops", "expected"), [(2, []), (3, [1]), (4, [2])])
 def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, loops, expected):
     ran, forward = [], LoopedTransformer.forward
