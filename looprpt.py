@@ -284,9 +284,9 @@ def last_entropy(net: LoopedTransformer, out: Output, mask: Tensor) -> Tensor:
     """Entropy after the last loop at target tokens, -inf elsewhere.    -> B T"""
     targets_at, words = true_indices(mask, out.gate.device), net.config.vocab_size  # n
     (last,) = pick(targets_at, out.hidden[:, :, -1])  # n D
-    entropy = torch.full_like(out.gate[..., 0], -math.inf)  # B T
-    (entropy.view(-1)[targets_at],) = chunked(lambda h: (entropy_of(net.logits(h)),), last, logits_per_token=words)
-    return entropy
+    (entropy,) = chunked(lambda h: (entropy_of(net.logits(h)),), last, logits_per_token=words)  # n
+    everywhere = torch.full_like(out.gate[..., 0], -math.inf)  # B T
+    return everywhere.masked_scatter(to_device(mask, entropy.device), entropy)
 
 
 def noisy_gates(student: LoopedTransformer, clean: Output, cfg: RPTConfig, generator: torch.Generator | None) -> Tensor:
