@@ -20,7 +20,7 @@ import data
 from data import Chain, DataConfig, Documents, Rows
 from model import LoopedTransformer, chunked, exit_cdf, exit_logpdf, pick
 from support import checkpoint, runtime
-from support.ranges import Positive, require_ranges
+from support.ranges import NonNegative, require_ranges
 from support.runtime import Precision, UserError, print_table, progress_bar
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the gate, to be shown
@@ -34,7 +34,7 @@ class EvalConfig:
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]  # checkpoint folders; the first one makes the buckets
     data: DataConfig
     out: Path | None = None  # where to write results.json
-    batch: Positive = 64  # rows in a forward pass
+    batch: NonNegative = 0  # rows in a forward pass (0: 64, or as many as have 32,768 tokens)
     seed: int = 0  # seed of the rows of the built-in task
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
@@ -313,7 +313,9 @@ def print_results(comparison: dict) -> None:
 
 def compare_folders(config: EvalConfig, folders: dict[str, Path], rows: Rows, device: torch.device) -> None:
     """Score checkpoints, by name, on the same rows; print how they compare, and write it."""
-    source, scores = data.source(rows, config.data, batch=config.batch, seed=config.seed, held_out=True), {}
+    longest = max((len(row.ids) for row in rows), default=2) if rows else 2
+    batch, scores = config.batch or min(64, max(1, 2**15 // longest)), {}
+    source = data.source(rows, config.data, batch=batch, seed=config.seed, held_out=True)
     for name, folder in folders.items():
         scores[name] = score(checkpoint.load(folder, device), source, device=device, precision=config.precision)
     comparison = results(scores, device=device, seed=config.seed)
@@ -326,14 +328,17 @@ def main() -> None:
     config = tyro.cli(EvalConfig, description=__doc__)
     config.check()
     device = runtime.pick_device(config.device)
-    sizes = [checkpoint.load_config(folder).vocab_size for folder in config.models]
+    shapes = [checkpoint.load_config(folder) for folder in config.models]
+    sizes, settings = [shape.vocab_size for shape in shapes], config.data
+    for folder, shape in zip(config.models, shapes, strict=True):
+        settings = settings.within(shape.max_positions, folder)
     for folder, size in zip(config.models, sizes, strict=True):
         if size != sizes[0]:
             problem = f"{folder} has a vocabulary of {size}, {config.models[0]} one of {sizes[0]}"
             raise UserError(f"{problem}: only models of one tokenizer can be compared token by token")
     tokenizer, rows = data.pick_tokenizer(config.data, config.models[0]), None
     if config.data.path:
-        rows, notes = data.encode(config.data.path, tokenizer, config.data)
+        rows, notes = data.encode(config.data.path, tokenizer, settings)
         runtime.print_notes(notes)
     unique = len({folder.name for folder in config.models}) == len(config.models)
     folders = {folder.name if unique else str(folder): folder for folder in config.models}

@@ -2,7 +2,7 @@
 
     python looprpt.py                                          pre-train a small base, run LoopRPT on it, compare them
     python looprpt.py --init out/base --objective rpt          one stage, from a checkpoint
-    python looprpt.py --paper                                  LoopRPT as published; without it, what turned out better
+    python looprpt.py --recipe dense                           LoopRPT changed: what did better on text
     torchrun --nproc-per-node 8 looprpt.py --model.loops 4     on eight GPUs
 
 The paper's symbols and the names they have here. B batch, T tokens, L loops, G rollouts, V vocabulary, and N the hard
@@ -23,13 +23,13 @@ tokens of a batch. Tensors count loops from 0; prose, comments too, from 1.
     A_g            advantage       N G        centred and scaled over the rollouts of a token
     w(l)           weights         N L        weight of each loop's log-likelihood
 
-Where the defaults differ from the paper (--paper undoes a to e):
+Where this differs from the paper: f and g always, the others with --recipe dense:
 
     a  the policy gradient is the expectation over exits, not one drawn exit a rollout      exact_policy_loss
     b  no noise, so the rollouts are the clean pass; all target tokens, not the hard fifth  noisy_gates, hard_tokens
     c  a share of the likelihood is the last loop's alone: loops left early would decay     representation_loss
     d  the earlier loops learn the last one's distribution                                  distillation
-    e  a loop costs more, the entropy bonus is smaller                                      RPTConfig
+    e  a loop costs more, the entropy bonus is smaller                                      RECIPES
     f  entropy is a bonus: the paper's text has its sign the wrong way round                rpt_step
     g  K3's log-ratio is clamped, so that it stays finite                                   k3_kl
 """
@@ -56,8 +56,8 @@ import data
 import eval
 from data import Batch, DataConfig, Rows
 from model import LoopedTransformer, ModelConfig, Output, chunked, exit_logpdf, exit_loop, pick
-from support import checkpoint, processes, ranges, runs, runtime, text
-from support.ranges import NonNegative, NonNegativeFloat, Positive, PositiveFloat, PositiveShare, Share
+from support import checkpoint, processes, ranges, runs, runtime, sizes, text
+from support.ranges import LearningRate, NonNegative, NonNegativeFloat, Positive, PositiveFloat, PositiveShare, Share
 from support.runs import FOLDER, Run, Stage
 from support.runtime import DType, Precision, UserError, console, to_device, true_indices
 
@@ -68,12 +68,12 @@ from support.runtime import DType, Precision, UserError, console, to_device, tru
 class TrainConfig:
     """What the stages share."""
 
-    batch: Positive = 128  # rows in a step, over all processes
-    micro_batch: NonNegative = 0  # rows in one forward pass of a process (0: all its rows)
+    batch: NonNegative = 0  # rows in a step, over all processes (0: 8 of a file, 128 of chain arithmetic)
+    micro_batch: NonNegative = 0  # rows in one forward pass of a process (0: as many as memory suits, see docs/runs.md)
     clip: PositiveFloat = 1.0  # largest norm of the gradient
     warmup: Share = 0.03  # share of the steps in which the learning rate rises; then it falls along a cosine
     compile: Literal["auto", "on", "off"] = "auto"  # the layers, by torch.compile (auto: on a GPU)
-    recompute: bool = False  # compute each layer's activations again in the backward pass: slower, in less memory
+    recompute: Literal["auto", "on", "off"] = "auto"  # keep no activations, compute them again (auto: large, on a GPU)
     save_every: Positive = 500  # steps between two saved states (one more at the end of a stage)
     keep: Positive = 2  # saved states of a stage to keep, the newest
     max_bad_steps: Positive = 10  # stop after so many steps in a row whose loss or gradient is not finite (skipped)
@@ -84,8 +84,8 @@ class TrainConfig:
 class PretrainConfig:
     """Ouro's Stage I: the expected loss over the exits, less an entropy bonus."""
 
-    steps: Positive = 2500  # optimiser steps
-    lr: PositiveFloat = 2e-3  # peak learning rate
+    steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 2500 of chain arithmetic)
+    lr: LearningRate = None  # peak learning rate (none: by the model's size)
     beta: NonNegativeFloat = 0.1  # weight of the exit distribution's entropy
     weight_decay: NonNegativeFloat = 0.1  # of the matrices
 
@@ -94,29 +94,29 @@ class PretrainConfig:
 class GateConfig:
     """Ouro's Stage II: the gate alone learns whether the next loop helps, the backbone is frozen."""
 
-    steps: Positive = 400  # optimiser steps
-    lr: PositiveFloat = 1e-2  # peak learning rate
+    steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 400 of chain arithmetic)
+    lr: LearningRate = None  # peak learning rate (none: by the model's width)
 
 
 @dataclass(frozen=True)
 class RPTConfig:
-    """LoopRPT."""
+    """LoopRPT. These are the values as published; `RECIPES` has the others."""
 
-    steps: Positive = 500  # optimiser steps
-    lr: PositiveFloat = 1e-3  # peak learning rate
-    estimator: Literal["sampled", "exact"] = "exact"  # draw an exit per rollout (the paper), or take the expectation
-    rollouts: Positive = 1  # G, noisy latent rollouts (the paper: 8, with the sampled estimator)
-    noise_std: NonNegativeFloat = 0.0  # standard deviation of the noise on the state fed to the next loop (paper: 0.1)
-    rho: PositiveShare = 1.0  # share of a row's target tokens that are hard, and trained on (the paper: 0.2)
+    steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 200 of chain arithmetic)
+    lr: LearningRate = None  # peak learning rate (none: by the model's size)
+    estimator: Literal["sampled", "exact"] = "sampled"  # an exit drawn per rollout, or the expectation (dense: exact)
+    rollouts: Positive = 8  # G, noisy latent rollouts (dense: 1)
+    noise_std: NonNegativeFloat = 0.1  # standard deviation of the noise on the state fed to the next loop (dense: 0)
+    rho: PositiveShare = 0.2  # share of a row's target tokens that are hard, and trained on (dense: 1)
     tau: PositiveShare = 0.5  # cumulative exit probability at which the teacher leaves
-    lambda_base: NonNegativeFloat = 0.05  # cost of a loop, nats (the paper: 0.02)
+    lambda_base: NonNegativeFloat = 0.02  # cost of a loop, nats (dense: 0.05)
     lambda_scale: NonNegativeFloat = 0.5  # how much more a loop costs on an easy token
     pg_weight: NonNegativeFloat = 1.0  # weight of the policy loss
     rep_weight: NonNegativeFloat = 1.0  # weight of the representation loss
     rep_bonus: NonNegativeFloat = 1.0  # in that loss, extra weight of loops of above-average reward (0: weights pi(l))
-    floor: Share = 0.3  # share of that loss that is the last loop's alone (the paper: 0; 1: next-token training)
-    distill_weight: NonNegativeFloat = 0.3  # weight of the KL from the last loop to the earlier ones (the paper: 0)
-    ent_weight: NonNegativeFloat = 0.003  # weight of the entropy bonus (the paper: 0.01)
+    floor: Share = 0.0  # share of that loss that is the last loop's alone (dense: 0.3; 1: next-token training)
+    distill_weight: NonNegativeFloat = 0.0  # weight of the KL from the last loop to the earlier ones (dense: 0.3)
+    ent_weight: NonNegativeFloat = 0.01  # weight of the entropy bonus (dense: 0.003)
     kl_weight: NonNegativeFloat = 1e-4  # weight of the KL to the teacher
     gate_only: bool = False  # the backbone stays as it is
     ema_decay: Share = 0.995  # EMA decay of the teacher
@@ -127,8 +127,8 @@ class RPTConfig:
         return self.noise_std > 0 and self.pg_weight > 0
 
 
-SAMPLED = {"estimator": "sampled", "rollouts": 8, "noise_std": 0.1, "rho": 0.2}
-PAPER = RPTConfig(**SAMPLED, floor=0.0, distill_weight=0.0, lambda_base=0.02, ent_weight=0.01)  # as published
+DENSE = {"estimator": "exact", "rollouts": 1, "noise_std": 0.0, "rho": 1.0, "lambda_base": 0.05}
+RECIPES = {"paper": RPTConfig(), "dense": RPTConfig(**DENSE, floor=0.3, distill_weight=0.3, ent_weight=0.003)}
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Config:
     init: Path | None = None  # checkpoint folder to start from (none: random weights)
     out: Path | None = None  # folder of the run (none: out, or with --init out/NAME-STAGES)
     resume: bool = False  # go on with the run in that folder, with the flags it was started with
-    paper: bool = False  # the --rpt flags start from LoopRPT as published
+    recipe: Literal["paper", "dense"] = "paper"  # where the --rpt flags start from: as published, or dense
     seed: int = 0  # seed of the weights, the order of the rows, and the noise
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
@@ -412,7 +412,7 @@ def start_stage(stage: Stage, student: LoopedTransformer, config: Config, *, tea
         teacher = (teacher or copy.deepcopy(student)).requires_grad_(False)
     gate_only = stage == "gate" or (stage == "rpt" and config.rpt.gate_only)
     student.requires_grad_(not gate_only).early_exit_gate.requires_grad_(True)
-    student.recompute = config.train.recompute
+    student.recompute = config.train.recompute == "on"
     for net in filter(None, (student, teacher)):
         if config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda"):
             net.compile()
@@ -523,8 +523,14 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
     """All stages that are left.    -> folders of the checkpoints to compare, by name; None if the run was stopped"""
     folder, (rank, world) = config.folder, processes.rank_and_world()
     done = tuple(stage for stage in config.objective if (folder / FOLDER[stage]).exists())
-    student = first_student(config, tokenizer, done, device)
-    shape, record = student.config, runs.open_run(folder, config, student, world)
+    shape, given = model_shape(config, tokenizer), ranges.flatten_config(config)
+    config = sizes.fill_in(config, shape, rows, device)
+    chosen = {name: x for name, x in ranges.flatten_config(config).items() if x != given[name]}
+    sizes.require_memory(config, shape, rows, device, done)
+    student = first_student(config, shape, done, device)
+    shape, record = student.config, runs.open_run(folder, config, student, world, [*chosen])
+    if rank == 0:
+        runtime.print_notes(sizes.describe(config, shape, chosen))
     logger = runtime.open_logger(config.logger if rank == 0 else "none", folder, asdict(config))
     models = {config.init.name: config.init} if config.init else {}
     for stage in config.objective:
@@ -560,7 +566,7 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
     return models
 
 
-def first_student(config: Config, tokenizer: Tokenizer, done: Sequence[Stage], device: torch.device):
+def first_student(config: Config, shape: ModelConfig, done: Sequence[Stage], device: torch.device):
     """The model that the next stage starts from: of the last stage that is done, of --init, or of random weights."""
     if done:
         folder = config.folder / FOLDER[done[-1]]
@@ -568,22 +574,28 @@ def first_student(config: Config, tokenizer: Tokenizer, done: Sequence[Stage], d
         return checkpoint.load(state / "student" if state else folder, device)  # in float32, whatever --save-dtype says
     if config.init:
         student = checkpoint.load(config.init, device)
-        student.config = config.model.resolved()  # --model.loops may ask for fewer, or more
+        student.config = shape  # --model.loops may ask for fewer, or more
         return student
-    shape = replace(config.model, vocab_size=text.vocab_size(tokenizer), eos_token_id=text.eos_id(tokenizer))
     return LoopedTransformer(shape, generator=runtime.seeded(config.seed, "weights")).to(device)
+
+
+def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
+    if config.init:
+        return config.model.resolved()
+    ids = {"vocab_size": text.vocab_size(tokenizer), "eos_token_id": text.eos_id(tokenizer)}
+    return replace(config.model, **ids).resolved()
 
 
 # The command line
 
-RESUME_FIXED = ("objective", "init", "seed", "paper", "model.", "data.", "train.batch")  # flags that stay when resumed
+RESUME_FIXED = ("objective", "init", "seed", "recipe", "model.", "data.", "train.batch")  # flags that stay when resumed
 
 
 def main() -> None:
     config = parse()
     folder, (rank, world) = config.folder, processes.rank_and_world()
     runs.require_free(folder, resume=config.resume)
-    if config.train.batch < world:
+    if 0 < config.train.batch < world:
         raise UserError(f"--train.batch {config.train.batch} is less than the {world} processes: each needs a row")
     device = runtime.pick_device(config.device)
     tokenizer = data.pick_tokenizer(config.data, config.init)
@@ -608,14 +620,14 @@ def main() -> None:
 
 def parse(args: Sequence[str] | None = None) -> Config:
     """The command line, or other flags.
-    With --init, the checkpoint's shape is the default of the --model flags, and with --paper the published values that
-    of the --rpt flags. With --resume, the flags that the run was started with are the default of all, and those of its
-    model and its data stay as they are."""
+    With --init, the checkpoint's shape is the default of the --model flags; the recipe is that of the --rpt flags. With
+    --resume, the flags that the run was started with are the default of all, and those of its model and its data stay
+    as they are."""
     config = tyro.cli(Config, description=__doc__.partition("\n\nThe paper")[0], args=args)
     folder, record = config.folder, config.folder / "run.json"
     if config.resume and record.exists():
         try:
-            saved = ranges.config_from_json(Config, checkpoint.read_json(record)["config"], {RPTConfig: PAPER})
+            saved = ranges.config_from_json(Config, checkpoint.read_json(record)["config"])
         except (KeyError, TypeError) as error:
             raise UserError(f"{record} is not the record of a run ({error!r}): restore it, or start anew") from error
         saved = replace(saved, resume=True, out=folder)
@@ -625,14 +637,10 @@ def parse(args: Sequence[str] | None = None) -> Config:
         ranges.require_same(given, kept, f"the run in {folder}")
         return check(config)
     shape = checkpoint.load_config(config.init) if config.init else ModelConfig()
-    if config.init or config.paper:
-        default = Config(model=shape, rpt=PAPER if config.paper else RPTConfig())
-        config = tyro.cli(Config, default=default, args=args)
+    config = tyro.cli(Config, default=Config(model=shape, rpt=RECIPES[config.recipe]), args=args)
     if not config.init:
         return check(config)
-    if config.data.path and config.data.length > shape.max_positions:
-        problem = f"--data.length {config.data.length} is more than the {shape.max_positions} positions of"
-        raise UserError(f"{problem} {config.init}: give a smaller one")
+    config = replace(config, data=config.data.within(shape.max_positions, config.init))
     given, known = (ranges.flatten_config(c.resolved(), "model.") for c in (config.model, shape))
     ranges.require_same(given | {"model.loops": shape.loops}, known, f"the checkpoint {config.init}")
     return check(config)

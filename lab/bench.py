@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import data
 import looprpt
 import sample
-from model import MAX_KEPT_LOGITS, LoopedTransformer, ModelConfig, exit_logpdf
-from support import checkpoint, runtime
-from support.ranges import AtLeastTwo, NonNegative, Positive, PositiveFloat, PositiveShare, Range, require_ranges
+from model import LoopedTransformer, ModelConfig, exit_logpdf
+from support import checkpoint, runtime, sizes
+from support.ranges import AtLeastTwo, Positive, PositiveFloat, PositiveShare, Range, require_ranges
 from support.runs import Stage, make_optimizer
 from support.runtime import Precision, UserError, console
 
@@ -39,8 +39,8 @@ SHAPES = {
 }
 Shape = Literal["demo", "small", "medium", "ouro-1.4b", "ouro-2.6b"]
 ROWS = {"demo": (128, 11), "small": (8, 256), "medium": (4, 512), "ouro-1.4b": (1, 4096), "ouro-2.6b": (1, 4096)}
-EXACT = replace(looprpt.PAPER, estimator="exact", rollouts=1)
-FORMS = {"naive": looprpt.PAPER, "sampled": looprpt.PAPER, "exact": EXACT, "looprpt": looprpt.RPTConfig()}
+PAPER, DENSE = looprpt.RECIPES["paper"], looprpt.RECIPES["dense"]
+FORMS = {"naive": PAPER, "paper": PAPER, "exact": replace(PAPER, estimator="exact", rollouts=1), "dense": DENSE}
 
 
 def random_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> LoopedTransformer:
@@ -143,14 +143,15 @@ def cache(config: Annotated[CacheConfig, tyro.conf.arg(name="")]) -> None:
     runtime.require_new(config.out)
     device = runtime.pick_device(config.device)
     net, tokenizer = sample.load_with_tokenizer(config.folder, device, config.dtype)
-    rows, notes = data.encode(config.data.path, tokenizer, config.data)
+    settings = config.data.within(net.config.max_positions, config.folder)
+    rows, notes = data.encode(config.data.path, tokenizer, settings)
     rows = sorted((r for r in rows if len(r.ids) > r.prompt + 1), key=lambda r: len(r.ids))
     if not rows:
         raise UserError(f"{config.data.path} has no response of two tokens: give longer ones, or raise --data.length")
     rows = rows[:: math.ceil(len(rows) / config.rows)]
     runtime.print_notes(notes)
     prompts, given = [row.ids[: row.prompt] for row in rows], [row.ids[row.prompt :] for row in rows]
-    how = {"given": given, "max_tokens": config.data.length, "batch": config.batch}
+    how = {"given": given, "max_tokens": max(map(len, given)), "batch": config.batch}
     results, cells = [], []
     for rule in ("full", "copy", "last"):
         cells.append([rule])
@@ -176,34 +177,9 @@ class PlanConfig:
     rows: Positive = 1  # rows of a forward pass of one GPU, as --train.micro-batch
     batch: Positive = 64  # rows in a step, over all GPUs
     length: Positive = 4096  # tokens in a row
-    rollouts: NonNegative = 0  # noisy rollouts (0: no noise; LoopRPT as published: 8)
-    rho: PositiveShare = 1.0  # share of the tokens that is hard (LoopRPT as published: 0.2)
+    recipe: Literal["paper", "dense"] = "paper"  # of LoopRPT
     peak: PositiveFloat = 989.0  # a GPU's bfloat16 teraflops, by its vendor (989: H100, H200)
     mfu: PositiveShare = 0.4  # share of it that is reached: measure it, log.jsonl has it; this is a guess
-
-
-def memory(config: PlanConfig, gpus: int) -> dict[str, float]:
-    """Bytes on each GPU at the peak of a step, by what they hold."""
-    with torch.device("meta"):
-        net = LoopedTransformer(SHAPES[config.shape])
-    c, shards = net.config, min(gpus, config.per_machine) if config.dist == "fsdp" else 1
-    n, tokens, is_rpt = sum(p.numel() for p in net.parameters()), config.rows * config.length, config.objective == "rpt"
-    # What a layer keeps of a token, in one loop under bfloat16 autocast: counted once, and again by a test
-    kept = 38 * c.width + 8 * c.ffn + (6 * c.heads + 4 * c.kv_heads) * c.head_dim + 4 * c.heads + 16
-    state, inside = 4 * tokens * c.width, tokens * kept
-    loops = {"pretrain": c.loops, "gate": 0, "rpt": c.loops + config.rollouts * max(0, c.loops - 2)}[config.objective]
-    layers = c.layers * loops * state + inside if config.recompute else c.layers * loops * inside
-    logits = tokens * (config.rho if is_rpt else 1) * c.loops * c.vocab_size
-    trained = c.width + 1 if config.objective == "gate" else n
-    return {
-        "weights": 4 * n / shards,
-        "grads": 4 * trained / shards,
-        "moments": 8 * trained / shards,
-        "teacher": 4 * n / shards if is_rpt else 0.0,
-        "gathered": (4 * n + 4 * trained if shards > 1 else 0) + 2 * n,  # and the weights in bfloat16
-        "layers": layers + 3 * loops * state,  # each loop's state, before and after its norm, and stacked
-        "head": 3 * 4 * min(logits, MAX_KEPT_LOGITS),  # logits, their log-probabilities, a gradient
-    }
 
 
 def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
@@ -212,15 +188,18 @@ def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     if not config.gpus:
         raise UserError("--gpus came without a number: give one or more")
     c, tokens = SHAPES[config.shape].resolved(), torch.ones(config.batch, config.length, dtype=torch.bool)
-    cfg = looprpt.RPTConfig(rollouts=config.rollouts, rho=config.rho, noise_std=0.1 if config.rollouts else 0.0)
+    cfg = looprpt.RECIPES[config.recipe] if config.objective == "rpt" else None
+    how = {"rows": config.rows, "length": config.length, "bf16": True, "recompute": config.recompute}
     flops, cells = runtime.step_flops(config.objective, c, cfg, data.Batch(tokens, tokens, tokens)), []
     for gpus in config.gpus:
-        sizes, passes = memory(config, gpus), math.ceil(config.batch / (gpus * config.rows))  # some GPUs may idle
+        shards = min(gpus, config.per_machine) if config.dist == "fsdp" else 1
+        bytes_of = sizes.step_memory(config.objective, c, cfg, shards=shards, **how)
+        passes = math.ceil(config.batch / (gpus * config.rows))  # some GPUs may idle
         seconds = flops * passes * config.rows / config.batch / (config.peak * 1e12 * config.mfu)
-        gib = (size / 2**30 for size in (*sizes.values(), sum(sizes.values())))
+        gib = (size / 2**30 for size in (*bytes_of.values(), sum(bytes_of.values())))
         cells.append([str(gpus), *(f"{x:.1f}" for x in gib), f"{seconds:.2f}"])
     title = f"{config.objective}, {config.shape}, {config.dist}: GiB per GPU"
-    runtime.print_table(title, ("GPUs", *sizes, "all", "s/step"), cells, left=0)
+    runtime.print_table(title, ("GPUs", *bytes_of, "all", "s/step"), cells, left=0)
     cache = 2 * c.layers * c.loops * c.kv_heads * c.head_dim * 2 // 2**10
     console.print(f"{config.batch} rows of {config.length} tokens a step, {config.rows} at once; --mfu is a guess.")
     console.print(f"Generation's cache in bf16: {cache} KiB a token, {cache // c.loops} with --cache last.")
@@ -234,8 +213,8 @@ class SpeedConfig:
     rounds: Positive = 3  # alternating runs of each form; two more, before them, are not counted
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
     naive: bool = True  # time the naive form too, which may need more memory than there is
-    compile: bool = True  # time ours with torch.compile too
-    recompute: bool = False  # ours as with --train.recompute
+    compile: bool = True  # time the other forms with torch.compile too
+    recompute: bool = False  # the other forms as with --train.recompute
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     out: Path | None = None  # JSON file to add the result to
 
@@ -306,9 +285,9 @@ def read_runs(path: Path | None) -> list[dict]:
 
 
 def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
-    """A training step, backward pass, optimiser and teacher included: ours beside a naive form of it.
-    Naive and sampled draw exits in 8 rollouts, exact takes the expectation in one, looprpt is the default:
-    without noise, and trained on all tokens. MFU counts the operations that our form needs, also for the naive one."""
+    """A LoopRPT step, backward pass, optimiser and teacher included, beside a naive form of it.
+    Naive and paper draw exits in 8 rollouts, exact takes the expectation in one, dense is without noise and trained on
+    all tokens. MFU counts the operations that our form needs, also for the naive one."""
     require_ranges(config)
     read_runs(config.out)  # refuses another file before anything is timed
     if config.out:

@@ -33,40 +33,46 @@ from support.ranges import NonNegative, Positive, flag, flatten_config, require_
 from support.runs import FOLDER
 from support.runtime import Precision, UserError, console
 
-EXACT = "--paper --rpt.estimator exact --rpt.rollouts 1"
+EXACT = "--rpt.estimator exact --rpt.rollouts 1"
 NEXT_TOKEN = f"{EXACT} --rpt.floor 1 --rpt.pg-weight 0 --rpt.kl-weight 0 --rpt.ent-weight 0"
 STAGE_I = f"{EXACT} --rpt.rep-bonus 0 --rpt.noise-std 0 --rpt.lambda-base 0 --rpt.kl-weight 0 --rpt.ent-weight 0.1"
+DENSE = "--recipe dense"
 VARIANTS = {  # stage, which of the learning rates, and flags
-    "base": ("pretrain", "ours", ""),
+    "base": ("pretrain", None, ""),
     "next-token": ("rpt", "control", f"{NEXT_TOKEN} --rpt.rho 1"),
     "next-token-hard": ("rpt", "paper", NEXT_TOKEN),
     "stage-1": ("rpt", "control", f"{STAGE_I} --rpt.rho 1"),
     "stage-1-hard": ("rpt", "paper", STAGE_I),
-    "stage-2": ("gate", "ours", ""),
-    "sampled": ("rpt", "paper", "--paper"),
+    "stage-2": ("gate", None, "--gate.lr 1e-2"),
+    "paper": ("rpt", "paper", ""),
     "exact": ("rpt", "paper", EXACT),
-    "gate-only": ("rpt", "ours", f"{EXACT} --rpt.rep-weight 0 --rpt.gate-only --rpt.lr 1e-2"),
+    "gate-only": ("rpt", None, f"{EXACT} --rpt.rep-weight 0 --rpt.gate-only --rpt.lr 1e-2"),
     "rep-only": ("rpt", "paper", f"{EXACT} --rpt.pg-weight 0"),
     "no-rep-no-entropy": ("rpt", "paper", f"{EXACT} --rpt.rep-weight 0 --rpt.ent-weight 0"),
     "no-selection": ("rpt", "paper", f"{EXACT} --rpt.rho 1"),
     "no-noise": ("rpt", "paper", f"{EXACT} --rpt.noise-std 0"),
     "no-kl": ("rpt", "paper", f"{EXACT} --rpt.kl-weight 0"),
     "no-price": ("rpt", "paper", f"{EXACT} --rpt.lambda-base 0"),
-    "looprpt": ("rpt", "ours", ""),
-    "looprpt-no-distill": ("rpt", "ours", "--rpt.distill-weight 0"),
-    "looprpt-no-floor": ("rpt", "ours", "--rpt.floor 0"),
-    "looprpt-no-policy": ("rpt", "ours", "--rpt.pg-weight 0"),
-    "looprpt-no-price": ("rpt", "ours", "--rpt.lambda-base 0"),
+    "dense": ("rpt", "dense", DENSE),
+    "dense-no-distill": ("rpt", "dense", f"{DENSE} --rpt.distill-weight 0"),
+    "dense-no-floor": ("rpt", "dense", f"{DENSE} --rpt.floor 0"),
+    "dense-no-policy": ("rpt", "dense", f"{DENSE} --rpt.pg-weight 0"),
+    "dense-no-price": ("rpt", "dense", f"{DENSE} --rpt.lambda-base 0"),
 }
-RATES = {"control": "3e-4", "paper": "1e-4"}  # on text, where not the default; LOG.md says how they were chosen
+LABELS = {"paper": "LoopRPT (paper)", "exact": "LoopRPT (paper, exact)", "dense": "LoopRPT (dense)"}
+LABELS |= {name: f"LoopRPT (dense), {name.removeprefix('dense-')}" for name in VARIANTS if name.startswith("dense-")}
+RATES = {  # LOG.md says how they were chosen
+    "demo": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
+    "text": {"control": "3e-4", "paper": "1e-4", "dense": "1e-3"},
+}
 TRACKS = {  # flags of all runs; {0}: folder of the study
-    "demo": "--gate.steps 500",
+    "demo": "--gate.steps 500 --rpt.steps 500",
     "text": "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json --data.length 256 --model.layers 2 "
     "--model.width 192 --train.batch 8 --train.compile on --pretrain.steps 2000 --rpt.steps 200 --gate.steps 200",
 }
-NOT_COMPARED = ("out", "init", "resume", "device", "precision", "paper", "model.vocab_size", "model.eos_token_id")
+NOT_COMPARED = ("out", "init", "resume", "device", "precision", "model.vocab_size", "model.eos_token_id")
 COMPARED_BUCKETS = ("all", "hard")  # in which variants are compared with each other
-BASELINES = ("base", "stage-1", "sampled", "exact")  # what each variant is compared with; looprpt is with every other
+BASELINES = ("base", "stage-1", "paper", "exact")  # what each variant is compared with; dense is with every other
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ def command(config: StudyConfig, folder: Path, seed: int, name: str) -> list[str
     shared = [*(x.format(folder) for x in TRACKS[config.track].split()), "--seed", str(seed), "--device", config.device]
     if config.track == "text" and runtime.pick_device(config.device).type == "cpu":
         shared += ["--precision", fast_precision()]
-    lr = ["--rpt.lr", RATES[rate]] if config.track == "text" and rate in RATES else []
+    lr = ["--rpt.lr", RATES[config.track][rate]] if rate else []
     return ["--objective", stage, *start, *shared, *flags.split(), *lr, "--out", str(folder / f"seed-{seed}" / name)]
 
 
@@ -159,6 +165,8 @@ def train_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> bo
         recorded = looprpt.parse(["--out", str(asked.folder), "--resume"])
         given, saved = (flatten_config(replace(c, model=c.model.resolved())) for c in (asked, recorded))
         ignored = (*NOT_COMPARED, *(f"{stage}." for stage in FOLDER if stage not in asked.objective))
+        chosen = checkpoint.read_json(asked.folder / "run.json").get("chosen", [])  # by size, now as then
+        ignored += tuple(key for key in chosen if given[key] in (None, 0, "auto"))
         if changed := [key for key in given if given[key] != saved[key] and not key.startswith(ignored)]:
             others = ", ".join(f"{flag(key, saved[key])} instead of {given[key]}" for key in changed)
             raise UserError(f"{asked.folder} was trained with {others}: move it away, or give another --out")
@@ -185,7 +193,7 @@ def score_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> ev
     if settings.path:
         rows, notes = data.encode(folder / "test.jsonl", data.pick_tokenizer(settings, trained), settings)
         runtime.print_notes(notes)
-    source = data.source(rows, settings, batch=eval.EvalConfig.batch, seed="study", held_out=True)
+    source = data.source(rows, settings, batch=64, seed="study", held_out=True)
     return eval.score(checkpoint.load(trained, device), source, device=device)
 
 
@@ -202,7 +210,7 @@ def compare_variants(config: StudyConfig, folder: Path, results: Path) -> None:
         for a, b in itertools.permutations(tallies, 2):
             shared = sorted(tallies[a].keys() & tallies[b].keys())
             drawn = [(tallies[a][seed], tallies[b][seed]) for seed in shared]
-            if drawn and (b in BASELINES or a == "looprpt") and all(tally.tokens.all() for tally, _ in drawn):
+            if drawn and (b in BASELINES or a == "dense") and all(tally.tokens.all() for tally, _ in drawn):
                 differences[bucket][f"{a} - {b}"] = {"seeds": shared} | eval.compare(drawn, each=True)
     write_result(results / "against.json", config, against=differences)
 
@@ -279,7 +287,7 @@ def table(
     rules: Annotated[tuple[str, ...], tyro.conf.arg(help="there, by these exit rules only (none: all)")] = (),
 ) -> None:
     """A study as Markdown: accuracy in % after each loop and at exit threshold 0.5, average loops, mean accuracy under
-    the curve, and how far looprpt is ahead at its own average loops (95 % interval); means over the seeds."""
+    the curve, and how far LoopRPT (dense) is ahead at its own average loops (95 % interval); means over the seeds."""
     if rules and not at_loops:
         raise UserError("--rules is for accuracy at numbers of loops: give --at-loops too, --at-loops 1.5 2 3")
     results, differences = load_study(files, bucket, curves=bool(at_loops))
@@ -296,12 +304,13 @@ def table(
 def study_table(results: dict[str, list[dict]], differences: dict) -> list[list[str]]:
     """Heads, and a row for each variant."""
     loops = [f"loop {i + 1}" for i in range(len(next(iter(results.values()))[0]["by_loop"]))]
-    rows = [["", *loops, "threshold 0.5", "average loops", "area", "looprpt ahead by"]]
+    rows = [["", *loops, "threshold 0.5", "average loops", "area", f"{LABELS['dense']} ahead by"]]
     for name, each in results.items():
         average_loops, accuracy = zip(*map(at_threshold_half, each), strict=True)
         by_loop = zip(*(run["by_loop"] for run in each), strict=True)
-        row = [name, *(mean_std(values, 1, 100) for values in (*by_loop, accuracy)), mean_std(average_loops, 2)]
-        lead, cell = differences.get(f"looprpt - {name}", {}), "" if name == "looprpt" else "–"
+        row = [LABELS.get(name, name), *(mean_std(values, 1, 100) for values in (*by_loop, accuracy))]
+        row.append(mean_std(average_loops, 2))
+        lead, cell = differences.get(f"dense - {name}", {}), "" if name == "dense" else "–"
         if lead.get("seeds") == sorted(run["seed"] for run in each):
             _, low, high = lead["matched gate"]
             sign = "+" if sum(lead["each"]) >= 0 else ""
@@ -320,7 +329,7 @@ def loops_table(results: dict[str, list[dict]], at_loops: Sequence[float], rules
     for name, rule in itertools.product(results, select(rules, curves, "--rules")):
         loops, accuracy = torch.tensor([run["curves"][rule] for run in results[name]]).unbind(-1)  # seeds K
         at = [eval.interpolate(torch.full((len(loops),), x), loops, accuracy).tolist() for x in at_loops]
-        rows.append([name, rule, *(mean_std(values, 1, 100) for values in at)])
+        rows.append([LABELS.get(name, name), rule, *(mean_std(values, 1, 100) for values in at)])
     return rows
 
 
@@ -328,8 +337,8 @@ STYLES = {  # of lines: colours that the colour-blind tell apart, markers that d
     "base": ("#000000", "o-"),
     "next-token": ("#999999", "v:"),
     "stage-1": ("#0072B2", "s--"),
-    "sampled": ("#E69F00", "^--"),
-    "looprpt": ("#D55E00", "*-"),
+    "paper": ("#E69F00", "^--"),
+    "dense": ("#D55E00", "*-"),
 }
 
 
@@ -351,7 +360,7 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
         figure = Figure(figsize=(2 + 5 * panels, 4), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False, subplot_kw={"xlabel": xlabel})[0]
         for ax, (i, name) in itertools.product(axes, enumerate(results)):
-            color, line = STYLES[name]
+            (color, line), label = STYLES[name], LABELS.get(name, name)
             if picture == "pareto":
                 points = [run["curves"]["gate"] for run in results[name]]
                 ax.plot(*half[i].mean(0) * torch.tensor([1, 100]), line, color=color, markersize=10)
@@ -359,7 +368,7 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
                 points = [[(k, loop["share"]) for k, loop in enumerate(run["exits"], 1)] for run in results[name]]
                 ax.set_xticks([k for k, _ in points[0]])
             x, y = torch.tensor(points).mean(0).T
-            ax.plot(x, 100 * y, line, color=color, markersize=3 if picture == "pareto" else 6, label=name)
+            ax.plot(x, 100 * y, line, color=color, markersize=3 if picture == "pareto" else 6, label=label)
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(visible=True, alpha=0.3)
         if picture == "pareto":  # the second panel: around exit threshold 0.5

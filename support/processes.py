@@ -64,6 +64,19 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return x
 
 
+def count_shards(kind: Literal["auto", "ddp", "fsdp"], parameters: int, device: torch.device) -> int:
+    """Over how many processes a copy of the weights is spread."""
+    if not dist.is_initialized():
+        return 1
+    if kind == "auto":
+        size = 20 * parameters  # bytes: weights, gradient, two moments, teacher
+        small = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
+        kind = "fsdp" if all_reduce_sum(torch.tensor(float(not small), device=device)) else "ddp"  # the same on all
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return 1 if kind == "ddp" else local if world % local == 0 else world
+
+
 def shard(net: nn.Module, kind: Literal["auto", "ddp", "fsdp"], device: torch.device) -> nn.Module:
     """Over the processes: 'ddp' is a copy for each, 'fsdp' a shard for each of a machine's, a copy for each machine.
     Gradients are summed, not averaged: a loss is divided by a count over all processes already. Parameters stay
@@ -71,13 +84,7 @@ def shard(net: nn.Module, kind: Literal["auto", "ddp", "fsdp"], device: torch.de
     gather about four times as often."""
     if not dist.is_initialized():
         return net
-    if kind == "auto":
-        size = 20 * sum(p.numel() for p in net.parameters())  # weights, gradient, two moments, teacher
-        small = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
-        kind = "fsdp" if all_reduce_sum(torch.tensor(float(not small), device=device)) else "ddp"  # the same on all
-    world = dist.get_world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    shards = 1 if kind == "ddp" else local if world % local == 0 else world
+    world, shards = dist.get_world_size(), count_shards(kind, sum(p.numel() for p in net.parameters()), device)
     mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copies", "shards"))
     for module in (*net.layers, net):
         fully_shard(module, mesh=mesh, reshard_after_forward=False)

@@ -1,7 +1,7 @@
 """Configurations: ranges of numbers, written into a field's type (`steps: Positive = 500`), and their JSON form."""
 
 import math
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -30,6 +30,7 @@ PositiveFloat = Annotated[float, Range(0, above=True)]
 NonNegativeFloat = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
 PositiveShare = Annotated[float, Range(0, 1, above=True)]
+LearningRate = Annotated[float | None, Range(0, above=True)]
 
 
 def flag(name: str, value: object) -> str:
@@ -50,9 +51,8 @@ def require_ranges(config: object, group: str = "") -> None:
                 raise UserError(f"{flag(group + f.name, value)} is out of its range: give a number {limits}")
 
 
-def config_from_json(kind: type, values: dict, defaults: dict[type, object]):
-    """A configuration from its JSON form.
-    defaults  what a configuration of some type has where the record, of an older version, says nothing"""
+def config_from_json(kind: type, values: dict):
+    """A configuration from its JSON form. Raises UserError for one with flags of another version."""
     known, hints = {}, get_type_hints(kind)
     if gone := ", ".join(sorted(values.keys() - hints.keys())):
         raise UserError(f"the run was started with flags of another version ({gone}): go on with that version")
@@ -61,13 +61,13 @@ def config_from_json(kind: type, values: dict, defaults: dict[type, object]):
             continue  # a flag that came later
         value = values[name]
         if isinstance(value, dict):
-            value = config_from_json(hint, value, defaults)
+            value = config_from_json(hint, value)
         elif isinstance(value, list):
             value = tuple(value)
         elif isinstance(value, str) and "Path" in str(hint):
             value = Path(value)
         known[name] = value
-    return replace(defaults[kind] if kind in defaults else kind(), **known)
+    return kind(**known)
 
 
 def flatten_config(config, group: str = "") -> dict[str, object]:

@@ -211,10 +211,11 @@ def require_free(folder: Path, *, resume: bool) -> None:
         raise UserError(f"{problem}: nothing saved is overwritten, give another, or --resume")
 
 
-def open_run(folder: Path, config, student: LoopedTransformer, world: int) -> dict:
-    """Make the folder of a run, and write and print what is known of it. Returns what run.json holds."""
+def open_run(folder: Path, config, student: LoopedTransformer, world: int, chosen: Sequence[str]) -> dict:
+    """Make the folder of a run, and write and print what is known of it. Returns what run.json holds.
+    chosen  flags whose values were not given"""
     parameters, device = sum(p.numel() for p in student.parameters()), student.embed_tokens.weight.device
-    record = {"config": asdict(config), "parameters": parameters, "starts": []}
+    record = {"config": asdict(config), "chosen": chosen, "parameters": parameters, "starts": []}
     if not is_writer():
         return record
     make_folder(folder)

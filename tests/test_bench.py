@@ -14,7 +14,7 @@ import looprpt
 import sample
 from lab import bench
 from model import LoopedTransformer, ModelConfig
-from support import checkpoint, runtime, text
+from support import checkpoint, runtime, sizes, text
 
 SHAPE = ModelConfig(layers=1, width=16, heads=2, vocab_size=259)
 
@@ -112,44 +112,20 @@ def test_mistakes_are_refused_in_a_sentence(args, message, tmp_path, monkeypatch
     assert (tmp_path / "other.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("other", [{}, {"width": 64, "ffn": 96}, {"heads": 4, "kv_heads": 2}, {"head_dim": 32}])
-def test_what_the_plan_keeps_is_what_real_tensors_keep(other, monkeypatch):
-    """The tensors that one more layer keeps in one loop of a forward pass that is really run."""
-    sizes, planned = [], []
-    for layers in (1, 2):
-        shape = replace(SHAPE, layers=layers, vocab_size=8, **other)
-        net, kept = LoopedTransformer(shape), {}
-
-        def note(x, kept=kept):
-            kept[x.untyped_storage().data_ptr()] = x  # held, so that no address is used twice
-            return x
-
-        state = torch.zeros(3, 200, shape.width, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-            net(state, loops=1)
-        weights = {p.untyped_storage().data_ptr() for p in net.parameters()}
-        copies = 2 * layers * sum(p.numel() for p in net.layers[0].parameters() if p.dim() > 1)  # in bfloat16
-        sizes.append(sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in weights) - copies)
-        monkeypatch.setitem(bench.SHAPES, "medium", shape)
-        planned.append(bench.memory(bench.PlanConfig(shape="medium", recompute=False, rows=3, length=200), 1)["layers"])
-    assert (planned[1] - planned[0]) / shape.loops == sizes[1] - sizes[0]
-
-
-def test_the_plan_adds_up(monkeypatch, capsys):
-    config = bench.PlanConfig(shape="ouro-1.4b", dist="ddp")
-    n = 1_434_652_673
-    one = bench.memory(config, 1)
-    assert (one["weights"], one["grads"], one["moments"], one["teacher"]) == (4 * n, 4 * n, 8 * n, 4 * n)
-    assert one == bench.memory(config, 8), "copies don't shrink"
-    fsdp = bench.memory(bench.PlanConfig(shape="ouro-1.4b"), 8)
-    assert [fsdp[k] * 8 for k in ("weights", "grads", "moments", "teacher")] == [4 * n, 4 * n, 8 * n, 4 * n]
-    assert fsdp["gathered"] == 4 * n + 4 * n + 2 * n
-    assert bench.memory(bench.PlanConfig(shape="ouro-1.4b", objective="gate"), 1)["moments"] == 8 * 2049
-    whole = bench.memory(bench.PlanConfig(shape="ouro-1.4b", recompute=False), 8)["layers"]
-    assert whole > 10 * fsdp["layers"]
-    call(monkeypatch, bench, "plan", "--shape", "ouro-1.4b", "--gpus", 1, 1024)
+def test_the_plan_shows_the_memory_of_a_step(monkeypatch, capsys):
+    few = ["--shape", "ouro-1.4b", "--gpus", 1, 8, 1024]
+    call(monkeypatch, bench, "plan", *few)
     shown = capsys.readouterr().out
+    cells = {line.split()[0]: line.split()[1:-1] for line in shown.splitlines() if line.strip()[:1].isdecimal()}
+    cfg, how = looprpt.RECIPES["paper"], {"rows": 1, "length": 4096, "bf16": True}
+    for gpus, shards in (("1", 1), ("8", 8), ("1024", 8)):
+        parts = sizes.step_memory("rpt", bench.SHAPES["ouro-1.4b"], cfg, **how, recompute=True, shards=shards)
+        assert cells[gpus] == [f"{x / 2**30:.1f}" for x in (*parts.values(), sum(parts.values()))]
     assert "768 KiB a token, 192 with" in " ".join(shown.split())
+    call(monkeypatch, bench, "plan", *few[:2], "--dist", "ddp", "--gpus", 8, "--recipe", "dense")
+    ddp = next(line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("8 "))
+    assert ddp[1:3] == ["5.3", "5.3"], "copies don't shrink"
+    assert float(ddp[6]) < float(cells["8"][5]), "without rollouts"
 
 
 @pytest.mark.parametrize("rule", ["full", "copy", "last"])
@@ -197,7 +173,7 @@ def test_the_naive_step_is_the_same_step(rollouts, monkeypatch):
     ids = torch.randint(259, (3, 12), generator=runtime.seeded("ids"))
     mask = torch.rand(3, 11, generator=runtime.seeded("mask")) < 0.7
     batch, results = data.Batch(ids[:, :-1], ids[:, 1:], mask), []
-    cfg = replace(looprpt.PAPER, rollouts=rollouts, noise_std=0.3, rho=0.4, kl_weight=0.3, ent_weight=0.2)
+    cfg = replace(looprpt.RPTConfig(), rollouts=rollouts, noise_std=0.3, rho=0.4, kl_weight=0.3, ent_weight=0.2)
     counts, _ = looprpt.count_tokens(batch, cfg.rho, torch.device("cpu"))
     for form in ("naive", "ours"):
         student, teacher = (
@@ -230,7 +206,7 @@ def test_speeds_are_gathered_in_one_file(tmp_path, monkeypatch, capfd):
         first = run["forms"][0]
         assert (first["form"], first["speedup"], first["memory"]) == ("naive", 1, 1)
         assert all(r["tokens_per_s"] > 0 and r["peak_gib"] > 0 and r["mfu"] > 0 for r in run["forms"])
-        assert [r["form"] for r in run["forms"]] == ["naive", "sampled", "exact", "looprpt"]
+        assert [r["form"] for r in run["forms"]] == ["naive", "paper", "exact", "dense"]
 
 
 def test_speeds_say_what_the_clock_and_the_memory_say(monkeypatch, capsys):
@@ -252,7 +228,7 @@ def test_speeds_say_what_the_clock_and_the_memory_say(monkeypatch, capsys):
         return {8: 4 * 2**30, 2: 2**30}[now[0] - start]
 
     monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
-    monkeypatch.setattr(bench, "FORMS", {"naive": looprpt.PAPER, "ours": looprpt.PAPER})
+    monkeypatch.setattr(bench, "FORMS", {"naive": looprpt.RPTConfig(), "ours": looprpt.RPTConfig()})
     monkeypatch.setattr(bench, "naive_step", naive_step)
     monkeypatch.setattr(looprpt, "rpt_step", rpt_step)
     monkeypatch.setattr(bench, "peak_bytes", peak_bytes)

@@ -35,12 +35,23 @@ def run(tmp_path_factory):
 # The whole run
 
 
-def test_training_raises_accuracy_and_then_lowers_the_loops(run):
-    base, rpt = (m["buckets"]["all"] for m in json.loads((run / "results.json").read_text())["models"].values())
+def assert_learned_to_leave(base, rpt):
     base_half, rpt_half = (next(s for s in b["sweep"] if s["threshold"] == 0.5) for b in (base, rpt))
-    assert base["by_loop"][0] < 0.85 < base["by_loop"][-1], "the base needs its loops"
     assert rpt_half["accuracy"] > base["by_loop"][-1] - 0.03
     assert rpt_half["loops"] < 0.85 * base_half["loops"]
+
+
+def test_training_raises_accuracy_and_then_lowers_the_loops(run):
+    base, rpt = (m["buckets"]["all"] for m in json.loads((run / "results.json").read_text())["models"].values())
+    assert base["by_loop"][0] < 0.85 < base["by_loop"][-1], "the base needs its loops"
+    assert_learned_to_leave(base, rpt)
+
+
+def test_the_dense_recipe_lowers_the_loops_too(run, tmp_path, monkeypatch):
+    few = [*SMALL[:2], *SMALL[4:], "--init", run / "base", "--objective", "rpt", "--rpt.steps", 150, "--rpt.lr", 2e-3]
+    call(monkeypatch, looprpt, *few, "--recipe", "dense", "--out", tmp_path / "out")
+    models = json.loads((tmp_path / "out" / "results.json").read_text())["models"]
+    assert_learned_to_leave(*(m["buckets"]["all"] for m in models.values()))
 
 
 def test_results_json_has_what_eval_promises(run):
@@ -82,14 +93,14 @@ def test_the_log_has_a_line_for_every_step(run):
 
 def test_run_json_says_what_was_run(run):
     found = json.loads((run / "run.json").read_text())
-    assert found.keys() == {"config", "parameters", "starts", "finished"}
+    assert found.keys() == {"config", "chosen", "parameters", "starts", "finished"}
     assert found["finished"]
     assert found["config"]["rpt"]["steps"] == 150
     assert found["parameters"] == sum(p.numel() for p in checkpoint.load(run / "base").parameters())
     (start,) = found["starts"]
     known = {"time", "processes", "dirty", "argv", "commit", "torch", "device", "python", "versions", "seed"}
     assert start.keys() == known
-    assert ranges.config_from_json(looprpt.Config, found["config"], {}).data.operands == 3
+    assert ranges.config_from_json(looprpt.Config, found["config"]).data.operands == 3
 
 
 def test_eval_repeats_the_runs_own_numbers(run, tmp_path, monkeypatch, capsys):
@@ -160,8 +171,8 @@ def test_fewer_loops_may_be_asked_of_a_checkpoint_but_no_other_shape(run, tmp_pa
 @pytest.mark.parametrize(
     "flags",
     [
-        "--paper",
-        "--rpt.estimator sampled --rpt.rollouts 8 --rpt.floor 1",
+        "--recipe dense",
+        "--recipe dense --rpt.estimator sampled --rpt.rollouts 8 --rpt.floor 1",
         "--precision bf16",
         "--model.layers 2 --model.kv-heads 2 --model.loops 2",
     ],
@@ -206,7 +217,7 @@ RANGES = """--model.width 65 | --model.width 65 is not divisible by --model.head
 --model.heads 4 --model.kv-heads 3 | --model.heads 4 is not divisible by --model.kv-heads 3
 --model.loops 1 | --model.loops 1 leaves rpt no exit to learn: give 2 or more loops
 --model.loops 0 --objective pretrain | --model.loops 0 is out of its range: give a number 1 or more
---rpt.estimator sampled | --rpt.rollouts 1 gives no group to compare: the sampled estimator needs 2 or more
+--rpt.rollouts 1 | --rpt.rollouts 1 gives no group to compare: the sampled estimator needs 2 or more
 --rpt.rollouts 0 | --rpt.rollouts 0 is out of its range: give a number 1 or more
 --rpt.rho 0 | --rpt.rho 0.0 is out of its range: give a number above 0, at most 1
 --rpt.rho 1.1 | --rpt.rho 1.1 is out of its range
@@ -216,8 +227,10 @@ RANGES = """--model.width 65 | --model.width 65 is not divisible by --model.head
 --rpt.lr nan | --rpt.lr nan is out of its range: give a number above 0
 --rpt.lr inf | --rpt.lr inf is out of its range
 --train.warmup -1 | --train.warmup -1.0 is out of its range
---train.batch 0 | --train.batch 0 is out of its range
---pretrain.steps 0 | --pretrain.steps 0 is out of its range
+--rpt.lr 0 | --rpt.lr 0.0 is out of its range: give a number above 0
+--train.batch -1 | --train.batch -1 is out of its range: give a number 0 or more
+--pretrain.steps -1 | --pretrain.steps -1 is out of its range
+--data.length 1 | --data.length 1 is out of its range: give a number 2 or more
 --objective rpt rpt | --objective rpt rpt: give each stage at most once
 --objective gate rpt | --objective gate has nothing to start from: give --init, or put pretrain before it
 --out text.txt | --out: text.txt can't be a folder (File exists): give another place
@@ -266,8 +279,8 @@ def test_a_row_longer_than_the_checkpoints_positions_is_refused(tmp_path, monkey
     short = looprpt.ModelConfig(vocab_size=259, max_positions=64)
     checkpoint.save(LoopedTransformer(short), tmp_path / "a", text.byte_tokenizer())
     flags = ["--init", tmp_path / "a", "--objective", "rpt", "--data.path", tmp_path / "a.txt"]
-    message = refused(monkeypatch, looprpt, *flags)
-    assert message.startswith("--data.length 512 is more than the 64 positions of")
+    message = refused(monkeypatch, looprpt, *flags, "--data.length", 65)
+    assert message == f"--data.length 65 is more than the 64 positions of {tmp_path / 'a'}: give a smaller one"
 
 
 def test_eval_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch):
@@ -280,7 +293,7 @@ def test_eval_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch):
         ([run / "base", folder], "only models of one tokenizer can be compared token by token"),
         ([folder], "was trained on text, not on the built-in chain arithmetic: give --data.path"),
         ([folder, "--data.path", tmp_path / "a.txt", "--data.val", tmp_path / "a.txt"], "is for training"),
-        ([run / "base", "--batch", 0], "--batch 0 is out of its range: give a number 1 or more"),
+        ([run / "base", "--batch", -1], "--batch -1 is out of its range: give a number 0 or more"),
         ([run / "base", "--out", tmp_path / "a.txt" / "b.json"], "can't be a folder"),
         ([run / "base", "--out", tmp_path / "a.txt"], "is there already: nothing saved is overwritten"),
         ([], "no checkpoint was given"),
@@ -298,7 +311,7 @@ def test_without_git_a_result_just_has_no_commit(tmp_path, monkeypatch):
     assert runtime.provenance(torch.device("cpu"))["commit"] is None
     config = looprpt.Config()
     student = LoopedTransformer(looprpt.ModelConfig(vocab_size=11))
-    start = runs.open_run(tmp_path, config, student, 1)["starts"][0]
+    start = runs.open_run(tmp_path, config, student, 1, [])["starts"][0]
     assert start["dirty"] is None
 
 

@@ -92,18 +92,19 @@ def test_the_docs_have_what_their_table_commands_print(monkeypatch, capsys):
 def test_the_readme_table_of_five_rows_is_that_of_the_results():
     readme = (ROOT / "README.md").read_text()
     ahead = json.loads((ROOT / "results" / "text" / "against.json").read_text())["against"]["hard"]
-    for name in ("base", "next-token", "stage-1", "sampled", "looprpt"):
+    labels = study.LABELS | {"next-token": "next-token training", "stage-1": "continued Stage I"}
+    for name in ("base", "next-token", "stage-1", "paper", "dense"):
         buckets = [
             json.loads((ROOT / "results" / "text" / f"{name}-{seed}.json").read_text())["buckets"]["hard"]
             for seed in range(3)
         ]
         loops, accuracy = zip(*map(study.at_threshold_half, buckets), strict=True)
         cells = [[100 * b["by_loop"][-1] for b in buckets], [100 * a for a in accuracy]]
-        row = " | ".join([*(study.mean_std(values, 1) for values in cells), study.mean_std([*loops], 2)])
-        if name != "looprpt":
-            middle, low, high = (100 * x for x in ahead[f"looprpt - {name}"]["matched gate"])
-            row += f" | {middle:+.2f} [{low:+.2f}, {high:+.2f}]"
-        assert row in readme, name
+        row = [labels.get(name, name), *(study.mean_std(values, 1) for values in cells), study.mean_std([*loops], 2)]
+        if name != "dense":
+            middle, low, high = (100 * x for x in ahead[f"dense - {name}"]["matched gate"])
+            row.append(f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]")
+        assert f"| {' | '.join(row)} |" in readme, name
 
 
 def test_every_link_leads_to_a_file_of_the_project():
@@ -124,13 +125,13 @@ def test_the_readme_is_short_and_knows_how_long_the_files_are():
 
 
 def test_the_readme_table_of_loops_by_operand_is_that_of_the_results():
-    for name in ("base", "looprpt"):
+    for name in ("base", "dense"):
         found = [
             json.loads(path.read_text())["buckets"] for path in sorted((ROOT / "results/demo").glob(f"{name}-?.json"))
         ]
         assert len(found) == 3
         depths = [mean(study.at_threshold_half(b[f"depth_{d}"])[0] for b in found) for d in range(1, 7)]
-        assert f"| {name} | {' | '.join(f'{x:.2f}' for x in depths)} |" in TEXT
+        assert f"| {study.LABELS.get(name, name)} | {' | '.join(f'{x:.2f}' for x in depths)} |" in TEXT
 
 
 def test_the_docs_tables_of_generation_are_those_of_the_results():
@@ -147,13 +148,16 @@ def test_the_docs_tables_of_generation_are_those_of_the_results():
 def speeds_markdown(runs: list[dict]) -> str:
     heads = ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    labels = study.LABELS | {"plain": "naive"}
     for run in (r for r in runs if r["bench"] != "eval"):  # of an older version, like pretrain and the name plain
         args = run["argv"][1:]
         out = args.index("--out")
         command = shlex.join(["python", "-m", "lab.bench", *args[:out], *args[out + 2 :]])
         lines.append(f"| **`{command}`** ({run['precision']}) |" + " |" * (len(heads) - 1))
-        rows = (row | {"form": row["form"].replace("plain", "naive")} for row in run["forms"])
-        lines += ["| " + " | ".join(bench.speed_cells(row)) + " |" for row in rows]
+        for row in run["forms"]:
+            form, *compiled = row["form"].split(", ")
+            cells = [", ".join([labels.get(form, form), *compiled]), *bench.speed_cells(row)[1:]]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ from support import checkpoint, processes, runs, runtime
 
 ROOT = Path(__file__).parent.parent
 SMALL = """--data.operands 3 --model.loops 3 --model.width 16 --model.heads 2 --data.val-rows 64 --train.batch 8
-    --pretrain.steps 30 --rpt.steps 20 --train.save-every 4 --rpt.estimator sampled --rpt.rollouts 3""".split()
+    --pretrain.steps 30 --rpt.steps 20 --train.save-every 4 --rpt.rollouts 3""".split()
 TIMES = {"tokens_per_s", "mfu", "memory_gib"}  # what two equal runs may differ in
 
 
@@ -379,7 +379,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_at_its_last_good_state(tmp_pat
     state = tmp_path / "out" / "state" / "rpt-000004"
     assert message == (
         "the loss or its gradient was not finite in 3 steps in a row, up to rpt step 8: "
-        f"the last good checkpoint is {state}; try a smaller --rpt.lr than 0.001"
+        f"the last good checkpoint is {state}; try a smaller --rpt.lr than 0.0038"
     )
     assert runs.damage_of(state) is None
     assert not (tmp_path / "out" / "state" / "rpt-000008").exists(), "a bad step's weights are not saved"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from einops import rearrange
+from helpers import slow_step
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -16,7 +17,7 @@ import eval
 import looprpt
 import model
 from data import Batch
-from looprpt import PAPER, TokenCounts, rpt_step
+from looprpt import RECIPES, RPTConfig, TokenCounts, rpt_step
 from support import checkpoint
 
 
@@ -51,7 +52,7 @@ def step(golden, monkeypatch):
     exits = rearrange(tensors["sampled_loops"].long()[:, :-1], "(b g) t -> b t g", g=hyper["rollouts"])[hard]  # N G
     monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: exits)
     cfg = replace(
-        PAPER,
+        RPTConfig(),
         rollouts=hyper["rollouts"],
         noise_std=hyper["sigma"],
         rho=hyper["rho"],
@@ -92,6 +93,36 @@ def test_golden_terms(step):
     assert metrics["rep"] == pytest.approx(expected["model_loss"], **close)
     assert cfg.ent_weight * metrics["ent"] == pytest.approx(expected["entropy_loss"], **close)
     assert metrics["loss"] == pytest.approx(expected["total_loss"], **close)
+
+
+def test_golden_step_of_a_recipe(golden, step, monkeypatch):
+    """That code has the published values as its own, but for the size of the group, the noise and the KL. Ours, dense:
+    on the same models and tokens, value and gradient of the slow reading, which has that code's value and gradient with
+    its own hyper-parameters."""
+    reference, tensors, batch, cfg, _ = step
+    assert cfg == replace(RECIPES["paper"], rollouts=4, noise_std=0.0, kl_weight=0.0)
+    exits = rearrange(tensors["sampled_loops"].long()[:, :-1], "(b g) t -> b t g", g=4)
+    for ours in (cfg, RECIPES["paper"], RECIPES["dense"]):
+        many = exits.repeat(1, 1, 2)[..., : ours.rollouts]
+        hard = looprpt.hard_tokens(tensors["teacher_entropy"], batch.mask, ours.rho)
+        monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator, x=many[hard]: x)
+        (student, teacher), (slow_student, slow_teacher) = (
+            [checkpoint.load(golden / "rl_step" / name).double() for name in ("student", "teacher")] for _ in range(2)
+        )
+        counts, noise = TokenCounts(batch.mask.sum(), hard.sum()), lambda: torch.Generator().manual_seed(3)
+        output = rpt_step(student, teacher, batch, ours, counts=counts, generator=noise())
+        slow = slow_step(slow_student, slow_teacher, batch, ours, noise(), lambda b, t, g, x=many: x[b, t, g])
+        assert hard.sum() == (batch.mask.sum() if ours is RECIPES["dense"] else reference["metrics"]["n_hard"])
+        if ours is cfg:
+            assert slow.item() == pytest.approx(reference["metrics"]["total_loss"], rel=1e-4)
+        assert_close(output.loss, slow, rtol=1e-9, atol=1e-9)
+        output.loss.backward()
+        slow.backward()
+        for (name, p), q in zip(student.named_parameters(), slow_student.named_parameters(), strict=True):
+            assert_close(p.grad, q[1].grad, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+            if ours is cfg:
+                expected = tensors[f"grad.{checkpoint.ouro_name(name)}"].double()
+                assert (q[1].grad - expected).norm() <= 1e-4 * expected.norm().clamp(min=1e-12), name
 
 
 @pytest.fixture

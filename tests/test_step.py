@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import slow_exit
+from helpers import filled, slow_exit, slow_logp, slow_pdf, slow_rollout, slow_step
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -18,7 +18,7 @@ import looprpt
 import model
 from data import Batch, DataConfig, Row
 from lab import study
-from looprpt import PAPER, Config, RPTConfig, TokenCounts, TrainConfig, rpt_step
+from looprpt import RECIPES, Config, RPTConfig, TokenCounts, TrainConfig, rpt_step
 from model import LoopedTransformer, ModelConfig, exit_logpdf
 from support import processes, runtime
 
@@ -66,91 +66,7 @@ def counts_of(batch, rho):
     return TokenCounts(batch.mask.sum().item(), looprpt.hard_count(batch.mask, rho).sum().item())
 
 
-# A slow reading of the paper: one sequence, one rollout, one token at a time, every pass at full depth
-
-
-def slow_standardized(xs):
-    xs = torch.stack(xs).detach()
-    return (xs - xs.mean()) / (xs.std() + 1e-6)
-
-
-def slow_logp(net, state, target):
-    return net.lm_head(state).log_softmax(-1)[target]
-
-
-def slow_pdf(gates):
-    pdf, left = [], 1.0
-    for gate in gates[:-1]:
-        pdf.append(left * torch.sigmoid(gate))
-        left = left * (1 - torch.sigmoid(gate))
-    return [*pdf, left]
-
-
-def slow_rollout(net, ids, noises):
-    """States and gates of one sequence, each T long; noises: one T D tensor for each loop after the first."""
-    out = [net(ids[None], loops=1)]
-    for noise in noises:
-        out.append(net(out[-1].hidden[:, :, -1] + noise, loops=1))
-    return [o.hidden[0, :, 0] for o in out], [o.gate[0, :, 0] for o in out]
-
-
-def slow_step(student, teacher, batch, cfg, generator, draw):
-    """The total loss. draw: the exit (from 0) of row b, token t, rollout g."""
-    loops, vocab = student.config.loops, student.config.vocab_size
-    noise = [
-        cfg.noise_std * torch.randn(B * cfg.rollouts, T, SHAPE.width, generator=generator, dtype=torch.float64)
-        for _ in range(loops - 1)
-    ]
-    terms = []
-    for b in range(B):
-        ids = batch.inputs[b]
-        quiet = [torch.zeros(T, SHAPE.width)] * (loops - 1)
-        with torch.no_grad():
-            ref_states, ref_gates = slow_rollout(teacher, ids, quiet)
-            p = teacher.lm_head(ref_states[-1]).softmax(-1)
-            entropy = -(p * p.log()).sum(-1)
-        counted = [t for t in range(T) if batch.mask[b, t]]
-        hard = sorted(counted, key=lambda t: -entropy[t])[: math.ceil(cfg.rho * len(counted))]
-        states, gates = slow_rollout(student, ids, quiet)
-        rollouts = [slow_rollout(student, ids, [n[b * cfg.rollouts + g] for n in noise]) for g in range(cfg.rollouts)]
-        for t in hard:
-            y = batch.targets[b, t]
-            ref_logp = [slow_logp(teacher, s[t], y).detach() for s in ref_states]
-            ref_loop = slow_exit([g[t] for g in ref_gates], cfg.tau) - 1
-            d = min(1.0, entropy[t].item() / math.log(vocab))
-            cost = cfg.lambda_base * (1 + cfg.lambda_scale * (1 - d))
-
-            def reward(states, i):
-                gain = slow_logp(student, states[i][t], y) - ref_logp[ref_loop]  # noqa: B023
-                return (gain - cost * (i - ref_loop)).detach()  # noqa: B023
-
-            logp, pi = [slow_logp(student, s[t], y) for s in states], slow_pdf([g[t] for g in gates])
-            rewards = [reward(states, i) for i in range(loops)]
-            paid, chosen, exact = [], [], 0.0
-            for g, (_, noisy_gates) in enumerate(rollouts):
-                pi_g = slow_pdf([x[t] for x in noisy_gates])
-                exact = exact - sum(p * r for p, r in zip(pi_g, rewards, strict=True)) / cfg.rollouts
-                paid.append(rewards[draw(b, t, g)])
-                chosen.append(pi_g[draw(b, t, g)].log())
-            if cfg.estimator == "sampled":
-                pg = -(slow_standardized(paid) * torch.stack(chosen)).mean()
-            else:
-                pg = exact - exact.detach()  # a centred advantage: the gradient of the expectation, the value 0
-            advantage = slow_standardized(rewards).clamp(min=0)
-            weights = [p.detach() * (1 + cfg.rep_bonus * a) for p, a in zip(pi, advantage, strict=True)]
-            rep = -sum(w * x for w, x in zip(weights, logp, strict=True))
-            rep = (1 - cfg.floor) * rep - cfg.floor * logp[-1]
-            last = student.lm_head(states[-1][t]).detach().log_softmax(-1)
-            earlier = [student.lm_head(s[t]).log_softmax(-1) for s in states[:-1]]
-            distill = sum((last.exp() * (last - x)).sum() for x in earlier) / len(earlier)
-            ent = sum(p * p.log() for p in pi)
-            ratio = [r - x for r, x in zip(ref_logp, logp, strict=True)]
-            kl = sum(r.exp() - r - 1 for r in ratio) / loops
-            total = cfg.pg_weight * pg + cfg.rep_weight * rep + cfg.ent_weight * ent + cfg.kl_weight * kl
-            total = total + cfg.distill_weight * distill
-            terms.append(total)
-    return sum(terms) / len(terms)
-
+# Beside a slow reading of the paper
 
 FORMS = [
     {"estimator": "sampled"},
@@ -165,29 +81,25 @@ FORMS = [
     {"estimator": "sampled", "distill_weight": 0.6},
     {"estimator": "sampled", "rho": 1.0, "tau": 0.9},
 ]
+LARGE = {"rollouts": G, "rho": 0.4, "noise_std": 0.3, "kl_weight": 0.2, "ent_weight": 0.3, "rep_weight": 0.7}
+LARGE |= {"pg_weight": 1.3}  # so that no term is lost beside another
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: "-".join(map(str, f.values())))
+@pytest.mark.parametrize(
+    "form", [*RECIPES, *FORMS], ids=lambda f: f if isinstance(f, str) else "-".join(map(str, f.values()))
+)
 def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, form):
     """Value and gradient. It settles at once: which loops are shared or skipped, what is detached, which rollout of
     which sequence a token is grouped with, the sign and weight of each term, and that easy tokens count for nothing."""
-    loops = form.pop("loops", 4) if "loops" in (form := dict(form)) else 4
-    cfg = replace(
-        PAPER,
-        **{
-            "rollouts": G,
-            "rho": 0.4,
-            "noise_std": 0.3,
-            "kl_weight": 0.2,
-            "ent_weight": 0.3,
-            "rep_weight": 0.7,
-            "pg_weight": 1.3,
-        }
-        | form,
-    )
+    loops = 4
+    if isinstance(form, str):
+        cfg = RECIPES[form]  # exactly
+    else:
+        cfg = replace(RPTConfig(), **LARGE | {name: x for name, x in form.items() if name != "loops"})
+        loops = form.get("loops", 4)
     student, teacher = make(0, loops=loops), make(1, loops=loops)
     slow_student = copy.deepcopy(student)
-    exits = torch.randint(loops, (B, T, G), generator=torch.Generator().manual_seed(5))
+    exits = torch.randint(loops, (B, T, cfg.rollouts), generator=torch.Generator().manual_seed(5))
 
     hard = torch.zeros_like(batch.mask)
 
@@ -248,8 +160,8 @@ def test_the_control_next_token_is_cross_entropy_after_the_last_loop(batch, name
 
 
 def test_every_loss_weight_and_choice_of_a_variant_is_what_its_name_says():
-    published = study_config("sampled")
-    assert published == looprpt.PAPER
+    published = study_config("paper")
+    assert published == RPTConfig() == RECIPES["paper"]
     exact = replace(published, estimator="exact", rollouts=1)
     changes = {
         "exact": {},
@@ -263,12 +175,14 @@ def test_every_loss_weight_and_choice_of_a_variant_is_what_its_name_says():
     }
     for name, change in changes.items():
         assert study_config(name) == replace(exact, **change), name
-    assert study_config("looprpt") == RPTConfig()
+    assert study_config("dense") == RECIPES["dense"]
 
 
 def test_gate_only_trains_the_gate_alone():
-    config = Config(rpt=RPTConfig(steps=3, gate_only=True, rep_weight=0.0), train=TrainConfig(batch=4))
-    start = LoopedTransformer(replace(config.model, vocab_size=8), generator=torch.Generator().manual_seed(0))
+    shape = ModelConfig(vocab_size=8)
+    cfg = replace(RECIPES["dense"], steps=3, gate_only=True, rep_weight=0.0)
+    config = filled(Config(rpt=cfg, train=TrainConfig(batch=4)), shape)
+    start = LoopedTransformer(shape, generator=torch.Generator().manual_seed(0))
     run = looprpt.start_stage("rpt", copy.deepcopy(start), config)
     train(run, config, None)
     changed = [
@@ -276,13 +190,13 @@ def test_gate_only_trains_the_gate_alone():
     ]
     assert changed
     assert all(name.startswith("early_exit_gate.") for name in changed)
-    after = looprpt.start_stage("rpt", run.student, replace(config, rpt=RPTConfig()))
+    after = looprpt.start_stage("rpt", run.student, replace(config, rpt=replace(config.rpt, gate_only=False)))
     assert all(p.requires_grad for p in after.student.parameters()), "the next stage trains all again"
 
 
 def test_entropy_bonus_flattens_the_exits(batch):
     student, weights = make(0), {"pg_weight": 0, "rep_weight": 0, "ent_weight": 1, "kl_weight": 0}
-    cfg = replace(PAPER, estimator="exact", noise_std=0, rho=1, **weights)
+    cfg = replace(RPTConfig(), estimator="exact", noise_std=0, rho=1, **weights)
     counts, optimizer, entropies = counts_of(batch, 1), torch.optim.SGD(student.parameters(), 0.1), []
     for _ in range(5):
         optimizer.zero_grad()
@@ -295,7 +209,7 @@ def test_entropy_bonus_flattens_the_exits(batch):
 
 def test_step_measures_reward_and_loops_in_the_units_a_reader_expects(batch):
     student, teacher = make(0), make(1)
-    cfg = replace(PAPER, estimator="exact", noise_std=0.0, rho=1.0)
+    cfg = replace(RPTConfig(), estimator="exact", noise_std=0.0, rho=1.0)
     metrics = rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, 1)).metrics
     assert metrics.keys() == METRICS["rpt"]
     assert 1 < metrics["loops"] < 4
@@ -308,7 +222,7 @@ def test_step_measures_reward_and_loops_in_the_units_a_reader_expects(batch):
 def test_the_logged_reward_and_loops_are_means_over_the_hard_tokens(batch):
     """The reference moves no gradient, but the reward that a person watches."""
     student, teacher = make(0), make(1)
-    cfg = replace(PAPER, estimator="exact", noise_std=0.0, rho=0.4, rollouts=G)
+    cfg = replace(RPTConfig(), estimator="exact", noise_std=0.0, rho=0.4, rollouts=G)
     metrics = rpt_step(student, teacher, batch, cfg, counts=counts_of(batch, cfg.rho)).metrics
     rewards, loops, quiet = [], [], [torch.zeros(T, SHAPE.width)] * 3
     for b in range(B):
@@ -330,9 +244,10 @@ def test_the_logged_reward_and_loops_are_means_over_the_hard_tokens(batch):
 def test_gate_and_rpt_see_the_same_rows_and_pretraining_others(monkeypatch):
     seeds, source = [], data.source
     monkeypatch.setattr(data, "source", lambda *args, **how: seeds.append(how["seed"]) or source(*args, **how))
-    config = Config(train=TrainConfig(batch=4))
+    shape = replace(SHAPE, vocab_size=8)
+    config = filled(Config(train=TrainConfig(batch=4)), shape)
     for stage in ("pretrain", "gate", "rpt"):
-        run = looprpt.start_stage(stage, LoopedTransformer(replace(SHAPE, vocab_size=8)), config)
+        run = looprpt.start_stage(stage, LoopedTransformer(shape), config)
         train(run, config, None, stopping=lambda: True)
     assert seeds[1] == seeds[2] != seeds[0]
 
@@ -347,10 +262,10 @@ def test_rollouts_run_no_loop_that_cannot_change_the_result(batch, monkeypatch, 
 
     monkeypatch.setattr(LoopedTransformer, "forward", counting)
     student, teacher = make(0, loops=loops), make(1, loops=loops)
-    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G), counts=TokenCounts(13, 5))
+    rpt_step(student, teacher, batch, replace(RPTConfig(), rollouts=G), counts=TokenCounts(13, 5))
     assert ran == [(B, loops), (B, loops)] + [(B * G, n) for n in expected]
     ran.clear()
-    rpt_step(student, teacher, batch, replace(PAPER, rollouts=G, noise_std=0), counts=TokenCounts(13, 5))
+    rpt_step(student, teacher, batch, replace(RPTConfig(), rollouts=G, noise_std=0), counts=TokenCounts(13, 5))
     assert ran == [(B, loops), (B, loops)], "without noise a rollout is the clean pass"
 
 
@@ -359,7 +274,7 @@ def test_only_hard_tokens_reach_the_vocabulary(batch, monkeypatch):
     logits = LoopedTransformer.logits
     monkeypatch.setattr(LoopedTransformer, "logits", lambda net, h: seen.append(h.shape[:-1].numel()) or logits(net, h))
     counts = counts_of(batch, 0.2)
-    rpt_step(make(0), make(1), batch, PAPER, counts=counts)
+    rpt_step(make(0), make(1), batch, RPTConfig(), counts=counts)
     assert seen == [counts.targets, counts.hard * 4, counts.hard * 4]
 
 
@@ -368,7 +283,7 @@ def test_logits_come_in_chunks_with_the_same_result(batch, monkeypatch, objectiv
     """Never more than a chunk's at once; where all together are too many, the backward pass computes them again."""
     made, logits = [], LoopedTransformer.logits
     monkeypatch.setattr(LoopedTransformer, "logits", lambda net, h: made.append(h.shape[:-1].numel()) or logits(net, h))
-    cfg = RPTConfig(rollouts=G, rho=1, noise_std=0, kl_weight=1)
+    cfg = replace(RECIPES["dense"], rollouts=G, kl_weight=1)
     results = []
     for size in (2**23, 90):  # of logits: 90 are two tokens of four loops
         monkeypatch.setattr(model, "CHUNK_LOGITS", size)
@@ -387,12 +302,12 @@ def test_logits_come_in_chunks_with_the_same_result(batch, monkeypatch, objectiv
     assert_close(*results)
 
 
-@pytest.mark.parametrize("estimator", ["sampled", "exact"])
-def test_no_step_waits_for_the_device(batch, estimator):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_step_waits_for_the_device(batch, recipe):
     """On the meta device no value can be read, so whatever asks for one fails: it would wait for a GPU."""
     student, teacher = make(0).to("meta"), make(1).to("meta")
     there = Batch(batch.inputs.to("meta"), batch.targets.to("meta"), batch.mask)
-    cfg = RPTConfig(estimator=estimator, rollouts=G, rho=0.4)
+    cfg = replace(RECIPES[recipe], rollouts=G, rho=0.4)
     for step in (
         lambda: rpt_step(student, teacher, there, cfg, counts=counts_of(batch, 0.4)),
         lambda: looprpt.pretrain_step(student, there, looprpt.PretrainConfig(), counts=counts_of(batch, 0.4)),
@@ -405,7 +320,7 @@ def test_no_step_waits_for_the_device(batch, estimator):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["off", "on"])
 def test_compiled_layers_give_the_same_and_compile_once(recompute):
     """One graph for weights that are trained and one for weights that aren't, whatever the rows and their lengths."""
     torch._dynamo.reset()
@@ -437,10 +352,15 @@ def rows():
     return [Row(torch.randint(11, (n,), generator=generator).tolist(), 2 + i % 3) for i, n in enumerate(lengths)]
 
 
-SUMS = Config(
-    data=DataConfig(length=16),
-    train=TrainConfig(batch=7, clip=1e9),
-    rpt=RPTConfig(noise_std=0.0, rho=0.5, kl_weight=0.5, steps=2),
+SUMS = filled(
+    Config(
+        data=DataConfig(length=16),
+        train=TrainConfig(batch=7, clip=1e9),
+        pretrain=looprpt.PretrainConfig(lr=2e-3),
+        rpt=replace(RECIPES["dense"], rho=0.5, kl_weight=0.5, steps=2, lr=1e-3),
+    ),
+    SHAPE,
+    rows(),
 )
 STAGES = ("pretrain", "gate", "rpt")
 
@@ -494,7 +414,7 @@ def test_two_processes_give_the_gradient_of_one(straight, tmp_path, kind, micro_
 
     With micro-batches of one row, one process runs four, the other three and an idle one.
     """
-    how = {"micro_batch": micro_batch, "recompute": bool(micro_batch), "compile": compiled}
+    how = {"micro_batch": micro_batch, "recompute": "on" if micro_batch else "off", "compile": compiled}
     config = replace(SUMS, dist=kind, train=replace(SUMS.train, **how))
     mp.spawn(worker, (2, str(tmp_path), config), nprocs=2)
     for rank in range(2):
@@ -502,10 +422,10 @@ def test_two_processes_give_the_gradient_of_one(straight, tmp_path, kind, micro_
 
 
 def test_a_row_without_a_target_token_changes_nothing():
-    student, cfg = make(0), RPTConfig(noise_std=0.0)
+    student, cfg = make(0), RECIPES["dense"]
     one = Batch(torch.ones(1, 5).long(), torch.ones(1, 5).long(), torch.ones(1, 5, dtype=torch.bool))
     two = Batch(*(torch.cat((part, torch.zeros_like(part))) for part in one))
-    losses = [rpt_step(student, make(1), b, cfg, counts=counts_of(b, 0.2)).loss for b in (one, two)]
+    losses = [rpt_step(student, make(1), b, cfg, counts=counts_of(b, cfg.rho)).loss for b in (one, two)]
     assert_close(*losses)
 
 
@@ -601,6 +521,7 @@ def test_training_repeats_bit_for_bit_from_its_seed():
     for seed in (0, 0, 1):
         student = LoopedTransformer(replace(SHAPE, vocab_size=8), generator=runtime.seeded(seed))
         config = Config(seed=seed, data=DataConfig(operands=4), train=TrainConfig(batch=16), rpt=RPTConfig(steps=3))
+        config = filled(config, student.config)
         train(looprpt.start_stage("rpt", student, config), config, None)
         runs.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
     assert runs[0].equal(runs[1])
@@ -625,7 +546,7 @@ def test_every_step_process_micro_batch_and_seed_has_its_own_noise(monkeypatch):
 
 def test_a_selection_that_takes_another_number_of_tokens_is_noticed(batch, monkeypatch):
     """rpt_step counts the hard tokens before it knows which they are: silently it would train on others."""
-    cfg = replace(PAPER, rollouts=2)
+    cfg = replace(RPTConfig(), rollouts=2)
     for wrong in (lambda entropy, mask, rho: mask, lambda entropy, mask, rho: mask & False):
         monkeypatch.setattr(looprpt, "hard_tokens", wrong)
         with pytest.raises(RuntimeError, match="hard_tokens must select hard_count tokens"):

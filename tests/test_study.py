@@ -19,12 +19,12 @@ import data
 import eval
 import looprpt
 from lab import study
-from lab.study import VARIANTS
+from lab.study import LABELS, VARIANTS
 from support import checkpoint, text
 
 ROOT = Path(looprpt.__file__).parent
 TINY = "--data.operands 3 --data.val-rows 1000 --model.loops 3 --model.width 16 --model.heads 2 --train.batch 8"
-DEMO = ("results/demo/base-0.json", "results/demo/looprpt-0.json")
+DEMO = ("results/demo/base-0.json", "results/demo/dense-0.json")
 STEPS = "--pretrain.steps 6 --rpt.steps 4 --gate.steps 4"
 
 
@@ -68,7 +68,7 @@ def done(tmp_path_factory):
 
 def arguments(folders, *args):
     where = ("--out", folders[0], "--results", folders[1], "--device", "cpu")
-    return ("run", "--seeds", 2, "--only", "stage-1", "looprpt", *where, *args)
+    return ("run", "--seeds", 2, "--only", "stage-1", "dense", *where, *args)
 
 
 def files(folder):
@@ -77,10 +77,10 @@ def files(folder):
 
 def test_a_study_leaves_a_file_for_each_run_and_one_of_differences(done):
     results = done[1]
-    expected = {f"{name}-{seed}.json" for name in ("base", "stage-1", "looprpt") for seed in (0, 1)} | {"against.json"}
+    expected = {f"{name}-{seed}.json" for name in ("base", "stage-1", "dense") for seed in (0, 1)} | {"against.json"}
     assert {path.name for path in files(results)} == expected
-    found = json.loads((results / "looprpt-1.json").read_text())
-    assert (found["variant"], found["seed"], found["track"]) == ("looprpt", 1, "demo")
+    found = json.loads((results / "dense-1.json").read_text())
+    assert (found["variant"], found["seed"], found["track"]) == ("dense", 1, "demo")
     assert found["command"].startswith("python looprpt.py --objective rpt --init ")
     assert len(found["buckets"]["all"]["by_loop"]) == 3
     assert [now["step"] for now in found["training"]] == [1, 2, 3, 4]
@@ -88,16 +88,14 @@ def test_a_study_leaves_a_file_for_each_run_and_one_of_differences(done):
     pairs = json.loads((results / "against.json").read_text())["against"]["all"]
     assert pairs.keys() == {
         f"{a} - {b}" for a, b in
-        (("base", "stage-1"), ("stage-1", "base"), ("looprpt", "base"), ("looprpt", "stage-1"))
+        (("base", "stage-1"), ("stage-1", "base"), ("dense", "base"), ("dense", "stage-1"))
     }  # fmt: skip
 
 
 def test_all_variants_of_a_seed_start_from_its_base_and_see_the_same_rows(done):
     runs, results = done
     for seed in (0, 1):
-        records = [
-            json.loads((runs / f"seed-{seed}" / name / "run.json").read_text()) for name in ("stage-1", "looprpt")
-        ]
+        records = [json.loads((runs / f"seed-{seed}" / name / "run.json").read_text()) for name in ("stage-1", "dense")]
         assert {record["config"]["init"] for record in records} == {str(runs / f"seed-{seed}" / "base" / "base")}
         assert [record["config"]["seed"] for record in records] == [seed, seed]
     numbers = [json.loads(path.read_text())["buckets"] for path in files(results) if path.name != "against.json"]
@@ -115,9 +113,9 @@ def test_all_variants_of_a_seed_start_from_its_base_and_see_the_same_rows(done):
 def test_the_differences_are_those_of_the_accuracies_averaged_over_the_seeds(done):
     results = done[1]
     get = lambda name, seed: json.loads((results / f"{name}-{seed}.json").read_text())["buckets"]["all"]["by_loop"]  # noqa: E731
-    found = json.loads((results / "against.json").read_text())["against"]["all"]["looprpt - stage-1"]
+    found = json.loads((results / "against.json").read_text())["against"]["all"]["dense - stage-1"]
     for loop in range(3):
-        mean = sum(get("looprpt", s)[loop] - get("stage-1", s)[loop] for s in (0, 1)) / 2
+        mean = sum(get("dense", s)[loop] - get("stage-1", s)[loop] for s in (0, 1)) / 2
         assert found[f"by_loop {loop + 1}"][0] == pytest.approx(mean, abs=2e-5)
         assert found[f"by_loop {loop + 1}"][1] <= found[f"by_loop {loop + 1}"][2]
 
@@ -150,15 +148,15 @@ looprpt.main()
 
 
 def test_a_study_that_is_stopped_stops_its_run_and_goes_on_where_it_was(done, tmp_path, monkeypatch, capfd):
-    """The run of looprpt waits in its second step for the signal that the study gets, and the study ends; the next call
+    """The run of dense waits in its second step for the signal that the study gets, and the study ends; the next call
     ends up where one without a stop does."""
     folders = tmp_path / "runs", tmp_path / "results"
     shutil.copytree(done[0], folders[0])
     shutil.copytree(done[1], folders[1])
-    shutil.rmtree(folders[0] / "seed-0" / "looprpt")
-    for path in (folders[1] / "looprpt-0.json", folders[1] / "against.json"):
+    shutil.rmtree(folders[0] / "seed-0" / "dense")
+    for path in (folders[1] / "dense-0.json", folders[1] / "against.json"):
         path.unlink()
-    log = folders[0] / "seed-0" / "looprpt" / "log.jsonl"
+    log = folders[0] / "seed-0" / "dense" / "log.jsonl"
 
     def stop():
         while not (log.exists() and log.read_text()):
@@ -174,12 +172,12 @@ def test_a_study_that_is_stopped_stops_its_run_and_goes_on_where_it_was(done, tm
     shown = capfd.readouterr().out
     assert "stopped by SIGTERM" in shown
     assert shown.splitlines()[-1] == "stopped: the same command goes on"
-    assert not (folders[1] / "looprpt-0.json").exists()
+    assert not (folders[1] / "dense-0.json").exists()
     assert not (folders[1] / "against.json").exists()
-    assert [path.name for path in (folders[0] / "seed-0" / "looprpt" / "state").iterdir()] == ["rpt-000002"]
+    assert [path.name for path in (folders[0] / "seed-0" / "dense" / "state").iterdir()] == ["rpt-000002"]
     call(monkeypatch, study, *arguments(folders))
     assert "rpt goes on after step 2" in capfd.readouterr().out
-    a, b = (json.loads((results / "looprpt-0.json").read_text()) for results in (folders[1], done[1]))
+    a, b = (json.loads((results / "dense-0.json").read_text()) for results in (folders[1], done[1]))
     assert (a["buckets"], a["training"]) == (b["buckets"], b["training"])
 
 
@@ -213,12 +211,12 @@ def test_differences_are_of_all_seeds_that_both_have_whatever_the_last_call_was_
     where = ("--out", done[0], "--results", done[1], "--device", "cpu")
     call(monkeypatch, study, "run", "--start", 1, "--seeds", 1, "--only", "stage-1", *where)
     found = json.loads((done[1] / "against.json").read_text())["against"]["all"]
-    assert found["looprpt - stage-1"]["seeds"] == [0, 1]
+    assert found["dense - stage-1"]["seeds"] == [0, 1]
 
 
 def test_a_table_takes_the_same_seeds_of_every_variant(done, monkeypatch):
-    some = [path for path in files(done[1]) if path.name != "looprpt-1.json"]
-    assert "looprpt has the seeds [0], base has [0, 1]" in refused(monkeypatch, study, "table", *some)
+    some = [path for path in files(done[1]) if path.name != "dense-1.json"]
+    assert "dense has the seeds [0], base has [0, 1]" in refused(monkeypatch, study, "table", *some)
     twice = refused(monkeypatch, study, "table", *files(done[1]), done[1] / "base-0.json")
     assert twice.startswith("base has the seeds [0, 0, 1]")
     for command in ("table", "plot"):
@@ -311,24 +309,26 @@ def test_the_controls_are_special_cases_of_the_representation_loss():
         assert (rpt[name].floor, rpt[name].lambda_base, rpt[name].ent_weight) == (0, 0, 0.1)
 
 
-def test_the_published_values_are_one_flag(tmp_path):
-    assert looprpt.parse(["--paper"]).rpt == looprpt.PAPER
-    config = looprpt.parse(["--paper", "--rpt.rollouts", "4"])
-    assert config.rpt == looprpt.replace(looprpt.PAPER, rollouts=4)
-    assert looprpt.parse([]).rpt == looprpt.RPTConfig()
+def test_each_recipe_has_a_name_in_words():
+    assert [LABELS.get(name, name) for name in ("base", "stage-1", "paper", "exact", "dense", "dense-no-floor")] == [
+        "base", "stage-1", "LoopRPT (paper)", "LoopRPT (paper, exact)", "LoopRPT (dense)", "LoopRPT (dense), no-floor"
+    ]  # fmt: skip
+    recipes = {name: looprpt.parse(VARIANTS[name][2].split()).rpt for name in looprpt.RECIPES}
+    assert recipes == looprpt.RECIPES
 
 
 def test_a_table_has_the_mean_and_the_spread_over_the_seeds(done, monkeypatch, capsys):
     call(monkeypatch, study, "table", *files(done[1]))
     out = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
-    assert [line[0] for line in lines[2:]] == ["base", "stage-1", "looprpt"]
+    assert lines[0][-1] == "LoopRPT (dense) ahead by"
+    assert [line[0] for line in lines[2:]] == ["base", "stage-1", "LoopRPT (dense)"]
     parts = [json.loads((done[1] / f"base-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
     a, b = (100 * part["by_loop"][2] for part in parts)
     assert lines[2][3] == f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f}"
     a, b = (next(p["loops"] for p in part["sweep"] if p["threshold"] == 0.5) for part in parts)
     assert lines[2][5] == f"{(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f}"
-    ahead = json.loads((done[1] / "against.json").read_text())["against"]["all"]["looprpt - base"]
+    ahead = json.loads((done[1] / "against.json").read_text())["against"]["all"]["dense - base"]
     mean, low, high = (100 * x for x in ahead["matched gate"])
     a, b = (100 * x for x in ahead["each"])
     assert (a + b) / 2 == pytest.approx(mean, abs=1e-3)
@@ -338,19 +338,19 @@ def test_a_table_has_the_mean_and_the_spread_over_the_seeds(done, monkeypatch, c
     call(monkeypatch, study, "table", *files(done[1]))
     (done[1] / "elsewhere").rename(done[1] / "against.json")
     assert len(re.findall(r"[|] – [|]$", capsys.readouterr().out, re.MULTILINE)) == 2, "not compared"
-    call(monkeypatch, study, "table", *files(done[1]), "--only", "looprpt", "--bucket", "hard")
+    call(monkeypatch, study, "table", *files(done[1]), "--only", "dense", "--bucket", "hard")
     assert len(re.findall("^[|]", capsys.readouterr().out, re.MULTILINE)) == 3
 
 
 def test_a_table_of_what_each_exit_rule_makes_of_a_number_of_loops(done, monkeypatch, capsys):
-    call(monkeypatch, study, "table", *files(done[1]), "--at-loops", 1, 3, "--only", "base", "looprpt")
+    call(monkeypatch, study, "table", *files(done[1]), "--at-loops", 1, 3, "--only", "base", "dense")
     out = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
     assert lines[0] == ["", "leaves by", "at 1", "at 3"]
     assert [line[:2] for line in lines[2:]] == [
-        [n, r] for n in ("base", "looprpt") for r in (*eval.EXIT_RULES, "random")
+        [n, r] for n in ("base", "LoopRPT (dense)") for r in (*eval.EXIT_RULES, "random")
     ]
-    parts = [json.loads((done[1] / f"looprpt-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
+    parts = [json.loads((done[1] / f"dense-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
     for column, loop in ((2, 0), (3, 2)):  # a curve begins and ends with all tokens at one loop
         a, b = (100 * part["by_loop"][loop] for part in parts)
         assert {line[column] for line in lines[8:]} == {f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f}"}
@@ -372,17 +372,17 @@ def test_each_seeds_curve_is_read_for_itself(done, monkeypatch, capsys, tmp_path
 def test_what_has_no_curves_is_refused_in_words(done, monkeypatch, tmp_path):
     for path in files(done[1]):
         found = json.loads(path.read_text())
-        if path.name == "looprpt-1.json":
+        if path.name == "dense-1.json":
             del found["buckets"]["all"]["curves"]
         (tmp_path / path.name).write_text(json.dumps(found))
     for args in (["table", *files(tmp_path), "--at-loops", 2], ["plot", *files(tmp_path), "--out", tmp_path / "a"]):
-        assert "looprpt-1.json has no curves in --bucket all" in refused(monkeypatch, study, *args)
+        assert "dense-1.json has no curves in --bucket all" in refused(monkeypatch, study, *args)
         message = refused(monkeypatch, study, *args, "--bucket", "depth_1")
         assert "base-0.json has no curves in --bucket depth_1: give all, easy, medium or hard" in message
 
 
 def test_pictures_hold_a_curve_for_each_variant(done, monkeypatch, tmp_path):
-    figures, names = {}, ["base", "stage-1", "looprpt"]
+    figures, names, labels = {}, ["base", "stage-1", "dense"], ["base", "stage-1", "LoopRPT (dense)"]
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **_: figures.update({path: figure}))
     call(monkeypatch, study, "plot", *files(done[1]), "--out", tmp_path / "assets")
     assert [path.name for path in figures] == ["demo-pareto.png", "demo-exits.png"]
@@ -392,7 +392,7 @@ def test_pictures_hold_a_curve_for_each_variant(done, monkeypatch, tmp_path):
     assert left.get_ylabel() == "accuracy in %, all tokens"
     assert exits.get_ylabel() == "tokens that exit after it, in %, threshold 0.5"
     for axes in (right, exits):
-        assert [label.get_text() for label in axes.get_legend().get_texts()] == names
+        assert [label.get_text() for label in axes.get_legend().get_texts()] == labels
 
     def mean(name, points):
         scores = [json.loads((done[1] / f"{name}-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
@@ -401,9 +401,9 @@ def test_pictures_hold_a_curve_for_each_variant(done, monkeypatch, tmp_path):
     half = [mean(name, study.at_threshold_half) for name in names]
     for axes in (left, right, exits):
         lines = {line.get_label(): line for line in axes.lines}
-        assert len({(lines[name].get_color(), lines[name].get_marker()) for name in names}) == 3
-        for name in names:
-            points = [x for point in lines[name].get_xydata().tolist() for x in (point[0], point[1] / 100)]
+        assert len({(lines[label].get_color(), lines[label].get_marker()) for label in labels}) == 3
+        for name, label in zip(names, labels, strict=True):
+            points = [x for point in lines[label].get_xydata().tolist() for x in (point[0], point[1] / 100)]
             if axes is exits:
                 drawn = mean(name, lambda s: [(i, e["share"]) for i, e in enumerate(s["exits"], 1)])
             else:
@@ -432,7 +432,7 @@ def test_a_picture_is_written(monkeypatch, tmp_path):
         (["run", "--seeds", "0"], "--seeds 0 is out of its range: give a number 1 or more"),
         (["run", "--start", "-1"], "--start -1 is out of its range: give a number 0 or more"),
         (["run", "--only", "best"], "--only best: unknown, there are base"),
-        (["table", *DEMO, "--only", "best"], "--only best: unknown, there are base, looprpt"),
+        (["table", *DEMO, "--only", "best"], "--only best: unknown, there are base, dense"),
         (["table", *DEMO, "--at-loops", "2", "--rules", "best"], "--rules best: unknown, there are gate, confidence"),
         (["table", *DEMO, "--rules", "gate"], "give --at-loops too"),
         (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),

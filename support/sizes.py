@@ -1,0 +1,168 @@
+"""Defaults that know the size of the model and of the data, and the memory of a step, before anything is allocated."""
+
+import functools
+import math
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from model import MAX_KEPT_LOGITS, LoopedTransformer, ModelConfig
+from support import processes, ranges, text
+from support.runs import Stage
+from support.runtime import UserError, matmul_dtype
+
+GIB = 2**30
+MARGIN = 1.05  # what was measured is at most 4 % above the sum
+BUILT_IN_STEPS, EPOCHS = {"pretrain": 2500, "gate": 400, "rpt": 200}, 3
+LARGE = 100e6  # parameters from which a GPU takes one row at a time, and computes activations again
+ACTIVATIONS = 4 * GIB  # else a forward pass has as many rows as keep no more than this
+
+
+@functools.cache
+def count_parameters(c: ModelConfig) -> int:
+    """Of a model that is not built."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in LoopedTransformer(c).parameters())
+
+
+def step_memory(
+    stage: str, c: ModelConfig, cfg, *, rows: int, length: int, bf16: bool, recompute: bool, shards: int = 1
+) -> dict[str, float]:
+    """Bytes on each device at the peak of a step without torch.compile, by what they hold.
+    cfg     the stage's configuration
+    rows    in a forward pass of one process, of `length` tokens
+    shards  over so many devices the weights are spread"""
+    c, n, tokens, is_rpt = c.resolved(), count_parameters(c), rows * length, stage == "rpt"
+    # What a layer keeps of a token in one loop: counted once, and again by a test
+    heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    if bf16:
+        kept = 38 * c.width + 8 * c.ffn + 6 * heads + 4 * kv_heads + 4 * c.heads + 16
+    else:
+        kept = 40 * c.width + 16 * c.ffn + 12 * heads + 8 * kv_heads + 4 * c.heads + 16
+    state, inside = 4 * tokens * c.width, tokens * kept
+    rollouts = cfg.rollouts * max(0, c.loops - 2) if is_rpt and cfg.has_noise else 0
+    gate_only = stage == "gate" or (is_rpt and cfg.gate_only)
+    loops = 0 if gate_only else c.loops + rollouts
+    layers = c.layers * loops * state + inside if recompute else c.layers * loops * inside
+    logits = tokens * (cfg.rho if is_rpt else 1) * c.loops * c.vocab_size
+    trained = c.width + 1 if gate_only else n
+    return {
+        "weights": 4 * n / shards,
+        "grads": 4 * trained / shards,
+        "moments": 8 * trained / shards,
+        "teacher": 4 * n / shards if is_rpt else 0.0,
+        # Whole weights and gradients while they are in use, and in bfloat16; or a pass's gradients beside their sum
+        "gathered": (4 * n + 4 * trained if shards > 1 else 0) + (2 * n if bf16 else 4 * trained),
+        "layers": layers + 3 * (c.loops + rollouts) * state,  # states, before and after the norm, and stacked
+        "head": 3 * 4 * min(logits, MAX_KEPT_LOGITS),  # logits, their log-probabilities, a gradient
+    }
+
+
+def peak_lr(stage: Stage, cfg, shape: ModelConfig) -> float:
+    """Peak learning rate by the model's size: what the built-in model and Ouro-1.4B need, and what lies between."""
+    n, gate_only = count_parameters(shape), stage == "gate" or (stage == "rpt" and cfg.gate_only)
+    lr = 0.64 / shape.width if gate_only else 0.23 * n**-0.5 if stage == "rpt" else min(2e-3, 0.11 * n**-0.28)
+    return float(f"{lr:.2g}")
+
+
+def row_length(config, rows) -> int:
+    """Tokens of the longest row."""
+    return max(len(row.ids) for row in rows) - 1 if rows else 2 * config.data.operands - 1
+
+
+def needed(config, shape: ModelConfig, device: torch.device, stage: Stage, **how) -> dict[str, float]:
+    """Bytes on each device.    how: rows, length, recompute, shards"""
+    bf16 = matmul_dtype(device, config.precision) == "bf16"
+    return step_memory(stage, shape, getattr(config, stage), bf16=bf16, **how)
+
+
+def fill_in(config, shape: ModelConfig, rows, device: torch.device):
+    """The configuration with a value for every flag that was left to the sizes."""
+    world = processes.rank_and_world()[1]
+    is_large = device.type == "cuda" and count_parameters(shape) > LARGE
+    batch = config.train.batch or max(world, 8 if rows else 128)
+    recompute = config.train.recompute if config.train.recompute != "auto" else "on" if is_large else "off"
+    length = config.data.length or (text.MAX_LENGTH if rows else None)
+    epoch = math.ceil(len(rows) / batch) if rows else 0
+    stages, micro_batch = {}, config.train.micro_batch
+    for stage in config.objective:
+        cfg = getattr(config, stage)
+        steps, lr = cfg.steps or EPOCHS * epoch or BUILT_IN_STEPS[stage], cfg.lr or peak_lr(stage, cfg, shape)
+        stages[stage] = replace(cfg, steps=steps, lr=lr)
+    if not micro_batch:
+        how = {"rows": 1, "length": row_length(config, rows), "recompute": recompute == "on"}
+        row = max(needed(config, shape, device, stage, **how)["layers"] for stage in stages)
+        most = 1 if is_large else max(1, int(ACTIVATIONS / row))
+        micro_batch = most if most < math.ceil(batch / world) else 0
+    train = replace(config.train, batch=batch, micro_batch=micro_batch, recompute=recompute)
+    return replace(config, data=replace(config.data, length=length), train=train, **stages)
+
+
+def describe(config, shape: ModelConfig, chosen: dict[str, object]) -> list[str]:
+    """What the first lines of a run say: the recipe and its values, and what was chosen by size."""
+    lines = []
+    if "rpt" in config.objective:
+        values = ", ".join(f"{name} {value}" for name, value in asdict(config.rpt).items())
+        lines.append(f"LoopRPT ({config.recipe}): {values}")
+    if chosen:
+        lines.append(f"chosen by size: {' '.join(map(ranges.flag, chosen, chosen.values()))}")
+    for stage in config.objective:
+        cfg = getattr(config, stage)
+        if cfg.lr > 10 * (rule := peak_lr(stage, cfg, shape)):
+            lines.append(f"--{stage}.lr {cfg.lr:g} is {cfg.lr / rule:.0f} times the {rule:g} for a model of this size")
+    return lines
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that may still be taken: of a GPU, or of this machine and the container we are in. Infinite if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free, groups = [math.inf], Path("/sys/fs/cgroup")
+    with suppress(OSError, TypeError):
+        free.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]))
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError, TypeError):  # there is none, or "max"
+            stat = (groups / limit).with_name("memory.stat").read_text()
+            kept = int(re.search(rf"^{cached} (\d+)", stat, re.MULTILINE)[1])  # files, which make room
+            free.append(int((groups / limit).read_text()) - int((groups / used).read_text()) + kept)
+    return min(free)
+
+
+def require_memory(config, shape: ModelConfig, rows, device: torch.device, done: Sequence[Stage]) -> None:
+    """Raise UserError if a stage to come can't fit into the free memory, with the first change that would help."""
+    (_, world), n, length = processes.rank_and_world(), count_parameters(shape), row_length(config, rows)
+    at_once = min(config.train.micro_batch or math.inf, math.ceil(config.train.batch / world))
+    now = {"rows": at_once, "length": length, "recompute": config.train.recompute == "on"}
+    now["shards"] = processes.count_shards(config.dist, n, device)
+    sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a machine's memory is shared
+    free, small = free_memory(device) / sharing / GIB, {"rows": 1, "recompute": True}
+    flags = "--train.micro-batch 1 --train.recompute on"
+    ways = [({"recompute": True}, "--train.recompute on"), ({"rows": 1}, "--train.micro-batch 1"), (small, flags)]
+    shorter = [length >> k for k in range(1, 12) if rows and length >> k >= 64]
+    ways += [(small | {"length": n}, f"shorter rows, --data.length {n} {flags}") for n in shorter]
+    more = [n for n in (2, 4, 8, 16, 64) if device.type == "cuda" and n > now["shards"]]
+    ways += [(small | {"shards": n}, f"{n} GPUs, torchrun --nproc-per-node {n} and --dist fsdp {flags}") for n in more]
+
+    def gib(stage: Stage, **change) -> float:
+        return MARGIN * sum(needed(config, shape, device, stage, **now | change).values()) / GIB
+
+    for stage in config.objective:
+        if stage in done or gib(stage) <= free:
+            continue
+        problem = f"{stage} of {n:,} parameters, {at_once} x {length} tokens at once, needs {gib(stage):.1f} GiB of"
+        problem += f" memory, and {free:.1f} are free on {device.type}"
+        for change, words in ways:
+            if gib(stage, **change) <= free:
+                raise UserError(f"{problem}: give {words}")
+        least = gib(stage, **small, length=min([length, *shorter]))
+        raise UserError(
+            f"{problem}: with shorter rows, one at a time and recomputed, {least:.1f}: take a larger machine"
+        )
