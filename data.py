@@ -13,17 +13,17 @@ From a file to a step: read_documents (support/text.py), encode, Documents.batch
 """
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from support import text
-from support.ranges import AtLeastTwo, Positive, require_ranges
+from support.ranges import AtLeastTwo, Checked, Positive, Range
 from support.runtime import UserError, seeded, to_device
 
 
@@ -34,22 +34,21 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked, group="data."):
     """Where the rows come from."""
 
     path: Path | None = None  # .jsonl, .json, .parquet or .txt to train on (none: the built-in chain arithmetic)
     val: Path | None = None  # held-out file (none: 5 % of the rows of --data.path, at most 256)
     prompt_key: str | None = None  # key of the prompt (none: found among problem, question, prompt)
-    response_key: str | None = None  # key of the response (none: found); alone: the key of plain text
+    response_key: str | None = None  # key of the response (none: found); alone: the key of plain text, or of messages
     tokenizer: str = "auto"  # path of a tokenizer.json, or 'bytes' (auto: the checkpoint's, else bytes)
-    chat: bool = False  # prompt form: ChatML instead of 'Problem: ...\nSolution: '
-    length: AtLeastTwo = 512  # most tokens in a row; longer documents are cut, plain text is cut into blocks
+    chat: bool = False  # prompt form: ChatML, as messages always have, instead of 'Problem: ...\nSolution: '
+    length: Annotated[int | None, Range(2)] = None  # most tokens in a row; what is longer is cut (none: 4,096)
     operands: AtLeastTwo = 6  # operands in a row of chain arithmetic
     val_rows: Positive = 4096  # held-out rows of chain arithmetic
 
     def check(self) -> None:
-        """Raise UserError for a value outside its range."""
-        require_ranges(self, "data.")
+        super().check()
         if self.prompt_key and not self.response_key:
             raise UserError(f"--data.prompt-key {self.prompt_key} came alone: give --data.response-key too")
         if self.val and not self.path:
@@ -57,6 +56,13 @@ class DataConfig:
         if self.tokenizer != "auto" and not self.path:
             problem = f"--data.tokenizer {self.tokenizer} came without --data.path"
             raise UserError(f"{problem}: the built-in task has its own")
+
+    def within(self, positions: int, owner: object) -> "DataConfig":
+        """The same, with rows that a model of so many positions takes. Raises UserError for a length above them."""
+        n = self.length or min(positions, text.MAX_LENGTH)
+        if self.path and n > positions:
+            raise UserError(f"--data.length {n} is more than the {positions} positions of {owner}: give a smaller one")
+        return replace(self, length=n) if self.path and positions < text.MAX_LENGTH else self
 
 
 # Chain arithmetic: a row asks every prefix of itself, and the n-th operand is a problem of known depth n
@@ -103,10 +109,8 @@ def chain_batch(operands: Tensor, operators: Tensor) -> Batch:
         values.append(torch.stack((v + operand, v - operand, v * operand)).gather(0, operator[None])[0] % MODULUS)
     inputs = operands.new_zeros(len(operands), 2 * operands.shape[1] - 1)  # B T
     inputs[:, ::2], inputs[:, 1::2] = operands, MODULUS + operators
-    targets = torch.zeros_like(inputs)
-    targets[:, ::2] = torch.stack(values, 1)
-    mask = torch.zeros_like(inputs, dtype=torch.bool)
-    mask[:, ::2] = True
+    targets, mask = torch.zeros_like(inputs), torch.zeros_like(inputs, dtype=torch.bool)
+    targets[:, ::2], mask[:, ::2] = torch.stack(values, 1), True
     return Batch(inputs, targets, mask)
 
 
@@ -128,39 +132,44 @@ def is_chain(tokenizer: Tokenizer) -> bool:
 class Row(NamedTuple):
     ids: list[int]
     prompt: int  # how many of them are the prompt's, and no targets; at least 1
+    answers: Sequence[tuple[int, int]] = ()  # from where to where, in a chat: only they are targets
 
 
 Rows = list[Row] | None  # None: the built-in task
 
 
-def encode(path: Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Row], list[str]]:
+def encode(path: str | Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Row], list[str]]:
     """Rows of at most length + 1 tokens, and sentences on what was cut or left out.
-    Prompt and response are tokenized apart, so the boundary is exact, and text never yields a special token.
+    Prompt and response are tokenized apart, so the boundary is exact, and no text ends itself or its turn.
     Raises UserError for what `read_documents` refuses, a tokenizer that can't end a text, and a file without target."""
-    pairs, most = text.read_documents(path, config.prompt_key, config.response_key), config.length + 1
+    found = text.read_documents(path, config.prompt_key, config.response_key)
+    most = (config.length or text.MAX_LENGTH) + 1
     eos = text.eos_id(tokenizer)
     if is_chain(tokenizer) or eos is None:
         problem = f"the tokenizer has none of the tokens {', '.join(text.EOS_NAMES)}, so no document can end"
         raise UserError(f"{problem}: give another with --data.tokenizer, or a checkpoint trained on text")
-    responses, notes = text.tokenize(tokenizer, [response for _, response in pairs]), []
-    if pairs[0][0] is None:
-        documents = [[*r, eos] for r in responses]
-        blocks = [d[i : i + most] for d in documents for i in range(0, len(d), config.length)]
-        rows = [Row(block, 1) for block in blocks if len(block) > 1]
+    is_chat, silent = isinstance(found[0], list), 0
+    if not is_chat and found[0][0] is None:
+        documents = [[*r, eos] for r in text.tokenize(tokenizer, [r for _, r in found], added=True)]
+        whole = [Row(d[i : i + most], 1) for d in documents for i in range(0, len(d) - 1, most - 1)]
+    elif is_chat or config.chat:
+        chats = found if is_chat else [[("user", p), ("assistant", r)] for p, r in found]
+        whole = [Row(ids, a[0][0], a) for ids, a in text.encode_chats(tokenizer, chats) if a]  # answers
+        silent = len(found) - len(whole)
     else:
-        if config.chat:
-            prompts, end = text.chat_prompts(tokenizer, [p for p, _ in pairs]), tokenizer.token_to_id(text.IM_END)
-        else:
-            prompts, end = text.tokenize(tokenizer, [f"Problem: {p}\nSolution: " for p, _ in pairs]), eos
-        rows = [Row([*p, *r, end][:most], len(p)) for p, r in zip(prompts, responses, strict=True) if len(p) < most]
-        cut = sum(len(p) + len(r) + 1 > most for p, r in zip(prompts, responses, strict=True))
-        if cut:
-            total = f"{cut} of {len(pairs)} documents"
-            notes.append(f"{path}: {total} are longer than --data.length {config.length} and are cut")
-        if left_out := len(pairs) - len(rows):
-            notes.append(f"{path}: {left_out} of them are left out, their prompt alone fills the row")
+        prompts = text.tokenize(tokenizer, [f"Problem: {p}\nSolution: " for p, _ in found])
+        responses = text.tokenize(tokenizer, [r for _, r in found], added=True)
+        whole = [Row([*p, *r, eos], len(p)) for p, r in zip(prompts, responses, strict=True)]
+    rows = [row._replace(ids=row.ids[:most]) for row in whole if row.prompt < most]
+    counts = {
+        "have no turn of the assistant and are left out": silent,
+        f"are longer than --data.length {most - 1} and are cut": sum(row.prompt < most < len(row.ids) for row in whole),
+        "are left out, their prompt alone fills the row": len(whole) - len(rows),
+    }
+    notes = [f"{path}: {n} of {len(found)} documents {what}" for what, n in counts.items() if n]
     if not rows:
-        raise UserError(f"{path} has no target token: give longer text, or raise --data.length {config.length}")
+        way = "give longer text" if len(found) > silent else "give chats that the assistant answers"
+        raise UserError(f"{path} has no target token: {way}, or raise --data.length {most - 1}")
     return rows, notes
 
 
@@ -175,11 +184,7 @@ class Documents:
         self.lengths = torch.tensor([len(r.ids) for r in rows])
         self.depth = None
         self.epoch: tuple[int, list[Tensor]] = -1, []
-
-    @cached_property
-    def batches(self) -> int:
-        """Batches in an epoch."""
-        return len(self.order(0))
+        self.batches = len(self.order(0))  # in an epoch
 
     def order(self, epoch: int) -> list[Tensor]:
         """The rows of each batch of an epoch."""
@@ -201,10 +206,11 @@ class Documents:
 def collate(rows: list[Row]) -> Batch:
     """The rows, padded on the right; the token after each one is its target."""
     ids = pad([row.ids for row in rows]) if rows else torch.zeros(0, 2, dtype=torch.long)  # B T+1
-    place = torch.arange(ids.shape[1] - 1)  # T
-    prompt = torch.tensor([row.prompt for row in rows], dtype=torch.long)[:, None]  # B 1
-    length = torch.tensor([len(row.ids) for row in rows], dtype=torch.long)[:, None]  # B 1
-    return Batch(ids[:, :-1], ids[:, 1:], (place >= prompt - 1) & (place < length - 1))
+    mask = torch.zeros_like(ids[:, 1:], dtype=torch.bool)  # B T
+    for b, row in enumerate(rows):
+        for start, end in row.answers or [(row.prompt, len(row.ids))]:
+            mask[b, start - 1 : min(end, len(row.ids)) - 1] = True  # a row may be cut within an answer
+    return Batch(ids[:, :-1], ids[:, 1:], mask)
 
 
 def pad(rows: list[list[int]]) -> Tensor:
@@ -234,19 +240,21 @@ def split(config: DataConfig, tokenizer: Tokenizer, *, seed: int, world: int = 1
     if config.path is None:
         return None, None, []
     train, notes = encode(config.path, tokenizer, config)
-    if not config.val and len(train) < 2:
-        raise UserError(f"{config.path} gives a single row, so none can be held out: give --data.val")
-    n = 0 if config.val else min(256, math.ceil(len(train) / 20))  # rows held out
-    if len(train) - n < world:
-        raise UserError(f"{config.path} gives {len(train) - n} rows for {world} processes: each needs one")
     if config.val:
         val, val_notes = encode(config.val, tokenizer, config)
-        return train, val, notes + val_notes
-    order = torch.randperm(len(train), generator=seeded(seed, "held out")).tolist()
-    return [train[i] for i in order[n:]], [train[i] for i in order[:n]], notes
+        notes += val_notes
+    elif len(train) == 1:
+        raise UserError(f"{config.path} gives a single row, so none can be held out: give --data.val")
+    else:
+        order = torch.randperm(len(train), generator=seeded(seed, "held out")).tolist()
+        n = min(256, math.ceil(len(train) / 20))
+        train, val = [train[i] for i in order[n:]], [train[i] for i in order[:n]]
+    if len(train) < world:
+        raise UserError(f"{config.path} gives {len(train)} rows for {world} processes: each needs one")
+    return train, val, notes
 
 
-def pick_tokenizer(config: DataConfig, checkpoint: Path | None) -> Tokenizer:
+def pick_tokenizer(config: DataConfig, checkpoint: str | Path | None) -> Tokenizer:
     """The one asked for, else the checkpoint's own, else the built-in task's or the bytes.
     Raises UserError for what `text.pick_tokenizer` refuses, and a checkpoint trained on text while no text is given."""
     built_in = text.byte_tokenizer() if config.path else chain_tokenizer()

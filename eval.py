@@ -20,7 +20,7 @@ import data
 from data import Chain, DataConfig, Documents, Rows
 from model import LoopedTransformer, chunked, exit_cdf, exit_logpdf, pick
 from support import checkpoint, runtime
-from support.ranges import NonNegative, require_ranges
+from support.ranges import Checked, NonNegative, unchecked
 from support.runtime import Precision, UserError, print_table, progress_bar
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the gate, to be shown
@@ -30,7 +30,7 @@ SATURATION_LOGIT = 6.2  # a gate's logit beyond which its sigmoid rounds to 0 or
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(Checked):
     models: Annotated[tuple[Path, ...], tyro.conf.Positional]  # checkpoint folders; the first one makes the buckets
     data: DataConfig
     out: Path | None = None  # where to write results.json
@@ -38,16 +38,6 @@ class EvalConfig:
     seed: int = 0  # seed of the rows of the built-in task
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
-
-    def check(self) -> None:
-        """Raise UserError for values that are out of their range or don't go together."""
-        self.data.check()
-        require_ranges(self)
-        if not self.models:
-            raise UserError("no checkpoint was given: python eval.py out/base out/rpt")
-        if self.data.val:
-            raise UserError(f"--data.val {self.data.val} is for training: give the held-out file as --data.path")
-        runtime.require_new(self.out)
 
 
 class Scores(NamedTuple):
@@ -280,6 +270,11 @@ def results(scores: dict[str, Scores], *, device: torch.device, seed: int) -> di
     return {"models": models} | runtime.provenance(device) | {"seed": seed}
 
 
+def at_threshold_half(scores: dict) -> tuple[float, float]:
+    """Average loops and accuracy of a bucket at exit threshold 0.5."""
+    return next((point["loops"], point["accuracy"]) for point in scores["sweep"] if point["threshold"] == 0.5)
+
+
 def print_results(comparison: dict) -> None:
     """Print accuracy by loop and at exit threshold 0.5, also by operand or difficulty, and what exit rules reach."""
     models = {name: model["buckets"] for name, model in comparison["models"].items()}
@@ -293,9 +288,9 @@ def print_results(comparison: dict) -> None:
 
     def row(name: str, bucket: str) -> list[str]:
         summary = models[name][bucket]
-        by_loop, half = summary["by_loop"], summary["sweep"][THRESHOLDS.index(0.5)]
-        accuracies = [*by_loop, *[None] * (loops - len(by_loop)), half["accuracy"]]
-        return [name, f"{summary['tokens']:,}", *cells(accuracies, half["loops"])]
+        by_loop, (mean_loops, accuracy) = summary["by_loop"], at_threshold_half(summary)
+        accuracies = [*by_loop, *[None] * (loops - len(by_loop)), accuracy]
+        return [name, f"{summary['tokens']:,}", *cells(accuracies, mean_loops)]
 
     print_table("accuracy in %, held-out tokens", heads, [row(name, "all") for name in models])
     rows = []
@@ -311,8 +306,9 @@ def print_results(comparison: dict) -> None:
         print_table(title, ["model", *EXIT_RULES, "random", "oracle", "loops"], rows)
 
 
-def compare_folders(config: EvalConfig, folders: dict[str, Path], rows: Rows, device: torch.device) -> None:
-    """Score checkpoints, by name, on the same rows; print how they compare, and write it."""
+def compare_folders(config: EvalConfig, folders: dict[str, Path], rows: Rows, device: torch.device) -> dict[str, float]:
+    """Score checkpoints, by name, on the same rows; print how they compare, and write it.
+    -> each one's loops and accuracy at threshold 0.5"""
     longest = max((len(row.ids) for row in rows), default=2) if rows else 2
     batch, scores = config.batch or min(64, max(1, 2**15 // longest)), {}
     source = data.source(rows, config.data, batch=batch, seed=config.seed, held_out=True)
@@ -322,19 +318,27 @@ def compare_folders(config: EvalConfig, folders: dict[str, Path], rows: Rows, de
     if config.out:
         checkpoint.write_json(config.out, comparison)
     print_results(comparison)
+    half = {name: at_threshold_half(model["buckets"]["all"]) for name, model in comparison["models"].items()}
+    return {f"{name}/{what}": x for name in half for what, x in zip(("loops", "accuracy"), half[name], strict=True)}
 
 
+@unchecked()
 def main() -> None:
     config = tyro.cli(EvalConfig, description=__doc__)
     config.check()
+    if not config.models:
+        raise UserError("no checkpoint was given: python eval.py out/base out/rpt")
+    if config.data.val:
+        raise UserError(f"--data.val {config.data.val} is for training: give the held-out file as --data.path")
+    runtime.require_new(config.out)
     device = runtime.pick_device(config.device)
-    shapes = [checkpoint.load_config(folder) for folder in config.models]
-    sizes, settings = [shape.vocab_size for shape in shapes], config.data
+    shapes, settings = [checkpoint.load_config(folder) for folder in config.models], config.data
     for folder, shape in zip(config.models, shapes, strict=True):
         settings = settings.within(shape.max_positions, folder)
-    for folder, size in zip(config.models, sizes, strict=True):
-        if size != sizes[0]:
-            problem = f"{folder} has a vocabulary of {size}, {config.models[0]} one of {sizes[0]}"
+        if shape.vocab_size != shapes[0].vocab_size:
+            problem = (
+                f"{folder} has a vocabulary of {shape.vocab_size}, {config.models[0]} one of {shapes[0].vocab_size}"
+            )
             raise UserError(f"{problem}: only models of one tokenizer can be compared token by token")
     tokenizer, rows = data.pick_tokenizer(config.data, config.models[0]), None
     if config.data.path:

@@ -65,13 +65,13 @@ from support.runtime import DType, Precision, UserError, console, to_device, tru
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(ranges.Checked, group="train."):
     """What the stages share."""
 
     batch: NonNegative = 0  # rows in a step, over all processes (0: 8 of a file, 128 of chain arithmetic)
     micro_batch: NonNegative = 0  # rows in one forward pass of a process (0: as many as memory suits, see docs/runs.md)
     clip: PositiveFloat = 1.0  # largest norm of the gradient
-    warmup: Share = 0.03  # share of the steps in which the learning rate rises; then it falls along a cosine
+    warmup: Share = 0.03  # share of the steps, 20 or more, in which the learning rate rises; then it falls (0: none)
     compile: Literal["auto", "on", "off"] = "auto"  # the layers, by torch.compile (auto: on a GPU)
     recompute: Literal["auto", "on", "off"] = "auto"  # keep no activations, compute them again (auto: large, on a GPU)
     save_every: Positive = 500  # steps between two saved states (one more at the end of a stage)
@@ -81,7 +81,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(ranges.Checked, group="pretrain."):
     """Ouro's Stage I: the expected loss over the exits, less an entropy bonus."""
 
     steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 2500 of chain arithmetic)
@@ -91,7 +91,7 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
-class GateConfig:
+class GateConfig(ranges.Checked, group="gate."):
     """Ouro's Stage II: the gate alone learns whether the next loop helps, the backbone is frozen."""
 
     steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 400 of chain arithmetic)
@@ -99,10 +99,10 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
-class RPTConfig:
+class RPTConfig(ranges.Checked, group="rpt."):
     """LoopRPT. These are the values as published; `RECIPES` has the others."""
 
-    steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 200 of chain arithmetic)
+    steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 300 of chain arithmetic)
     lr: LearningRate = None  # peak learning rate (none: by the model's size)
     estimator: Literal["sampled", "exact"] = "sampled"  # an exit drawn per rollout, or the expectation (dense: exact)
     rollouts: Positive = 8  # G, noisy latent rollouts (dense: 1)
@@ -126,13 +126,19 @@ class RPTConfig:
     def has_noise(self) -> bool:  # without it the rollouts are the clean pass
         return self.noise_std > 0 and self.pg_weight > 0
 
+    def check(self) -> None:
+        super().check()
+        if self.estimator == "sampled" and self.rollouts < 2:
+            problem = f"--rpt.rollouts {self.rollouts} gives no group to compare"
+            raise UserError(f"{problem}: the sampled estimator needs 2 or more, or use --rpt.estimator exact")
+
 
 DENSE = {"estimator": "exact", "rollouts": 1, "noise_std": 0.0, "rho": 1.0, "lambda_base": 0.05}
 RECIPES = {"paper": RPTConfig(), "dense": RPTConfig(**DENSE, floor=0.3, distill_weight=0.3, ent_weight=0.003)}
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(ranges.Checked):
     """Train a looped language model and teach it to stop early (LoopRPT, arXiv 2603.19714)."""
 
     objective: tuple[Stage, ...] = ("pretrain", "rpt")  # stages to run, in order
@@ -156,6 +162,17 @@ class Config:
     @property
     def folder(self) -> Path:
         return self.out or (Path("out") / f"{self.init.name}-{'-'.join(self.objective)}" if self.init else Path("out"))
+
+    def check(self) -> None:
+        super().check()
+        self.model.resolved()
+        stages, learned = self.objective, [stage for stage in self.objective if stage != "pretrain"]
+        if not stages or len({*stages}) < len(stages):
+            problem = f"--objective {' '.join(stages) or 'nothing'}: give each stage at most once"
+            raise UserError(f"{problem}, and at least one of pretrain, gate, rpt")
+        if learned and self.model.loops < 2:
+            problem = f"--model.loops {self.model.loops} leaves {learned[0]} no exit to learn"
+            raise UserError(f"{problem}: give 2 or more loops")
 
 
 # The paper's formulas: pure functions of tensors
@@ -344,10 +361,12 @@ def rpt_step(
     counts: TokenCounts,
     generator: torch.Generator | None = None,
 ) -> StepOutput:
-    """One LoopRPT step, up to the backward pass (arXiv 2603.19714; the numbers are the steps of the README).
-    teacher    gets no gradient; its average over the student's weights is the caller's (`ema_update`)
-    counts     target and hard tokens over all processes and micro-batches (`count_tokens`)
-    generator  of the noise and of the drawn exits, on the batch's device"""
+    """One LoopRPT step, up to the backward pass (arXiv 2603.19714; the numbers are the steps of the README). What comes
+    after it is the caller's: `loss.backward()`, the optimiser's step, and then `ema_update(teacher, student, decay)`.
+    teacher    starts as a copy of the student and gets no gradient (`start_stage` makes it)
+    batch      on the student's device, but for the mask, which stays on the CPU (`data.trim_and_move`)
+    counts     `count_tokens(batch, cfg.rho, device)[0]`, target and hard tokens of all processes and micro-batches
+    generator  of the noise and of the drawn exits, on the batch's device (none: torch's own)"""
     n_hard = int(hard_count(batch.mask, cfg.rho).sum())  # known here, so nothing waits for a GPU
     with torch.no_grad():
         # 1 Teacher pass: entropy of the last loop
@@ -491,13 +510,14 @@ def train(
         processes.all_reduce_sum(sums)
         batch = source.batch(run.step + 1, rank=rank, world=world)  # while a GPU is still at this step
         *values, tokens, flops, stop, norm = torch.cat((sums, norm.to(sums)[None])).tolist()
-        numbers = dict(zip(metrics, values, strict=True)) | {"grad_norm": norm}
+        lr = cfg.lr * runs.lr_factor(run.step, cfg.steps, config.train.warmup)
+        numbers = dict(zip(metrics, values, strict=True)) | {"grad_norm": norm, "lr": lr}
 
         # Update the student, then the teacher
         if math.isfinite(numbers["loss"]) and math.isfinite(norm):
             run.bad = 0
             for group in run.optimizer.param_groups:
-                group["lr"] = cfg.lr * runs.lr_factor(run.step, cfg.steps, config.train.warmup)
+                group["lr"] = lr
             run.optimizer.step()
             if run.teacher:
                 ema_update(run.teacher, run.student, cfg.ema_decay)
@@ -520,9 +540,12 @@ def train(
 
 
 def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.device, stopping: Callable[[], bool]):
-    """All stages that are left.    -> folders of the checkpoints to compare, by name; None if the run was stopped"""
+    """All stages that are left.    -> folders of the checkpoints to compare, by name, or None if the run was stopped;
+    and a function that logs how they compare"""
     folder, (rank, world) = config.folder, processes.rank_and_world()
     done = tuple(stage for stage in config.objective if (folder / FOLDER[stage]).exists())
+    for stage in done:
+        runs.require_undone(folder, stage, getattr(config, stage).steps)
     shape, given = model_shape(config, tokenizer), ranges.flatten_config(config)
     config = sizes.fill_in(config, shape, rows, device)
     chosen = {name: x for name, x in ranges.flatten_config(config).items() if x != given[name]}
@@ -531,7 +554,7 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
     shape, record = student.config, runs.open_run(folder, config, student, world, [*chosen])
     if rank == 0:
         runtime.print_notes(sizes.describe(config, shape, chosen))
-    logger = runtime.open_logger(config.logger if rank == 0 else "none", folder, asdict(config))
+    logger = runtime.open_logger(config.logger if rank == 0 else "none", folder, asdict(config), record["id"])
     models = {config.init.name: config.init} if config.init else {}
     for stage in config.objective:
         target, steps = folder / FOLDER[stage], getattr(config, stage).steps
@@ -550,7 +573,7 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
             with runs.open_log(folder / "log.jsonl", run, done, steps, logger) as log:
                 train(run, config, rows, stopping=stopping, log=log, save=save)
             if run.stopped and run.step < steps:
-                return None
+                return None, logger
 
             # The checkpoint, with the tokenizer's own files if it came with some
             keeps_files = config.init and config.data.tokenizer == "auto"
@@ -563,7 +586,7 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
         models[target.name if target.name not in models else str(target)] = target
     if rank == 0:
         checkpoint.write_json(folder / "run.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-    return models
+    return models, logger
 
 
 def first_student(config: Config, shape: ModelConfig, done: Sequence[Stage], device: torch.device):
@@ -574,6 +597,8 @@ def first_student(config: Config, shape: ModelConfig, done: Sequence[Stage], dev
         return checkpoint.load(state / "student" if state else folder, device)  # in float32, whatever --save-dtype says
     if config.init:
         student = checkpoint.load(config.init, device)
+        if shape.loops > (known := student.config.loops) and processes.is_writer():
+            runtime.print_notes([f"{config.init} was trained with {known} loops, --model.loops is {shape.loops}"])
         student.config = shape  # --model.loops may ask for fewer, or more
         return student
     return LoopedTransformer(shape, generator=runtime.seeded(config.seed, "weights")).to(device)
@@ -607,19 +632,21 @@ def main() -> None:
         return next(iter(runs.saved_states(folder, config.objective)), "the start")
 
     with processes.stop_signals() as asked:
-        with processes.process_group(device, config.train.timeout, resumes_from=newest):
-            models = run_stages(config, tokenizer, rows, device, stopping=lambda: bool(asked))
+        with processes.process_group(device, config.train.timeout, resumes_from=newest), runs.locked(folder):
+            models, log = run_stages(config, tokenizer, rows, device, stopping=lambda: bool(asked))
         if rank == 0 and models is None:
             signals = " ".join(asked) or "another process"
             console.print(f"stopped by {signals}, saved in {newest()}: --resume goes on", soft_wrap=True)
         elif rank == 0:
             paths, out = tuple(models.values()), folder / "results.json"
             compared = eval.EvalConfig(paths, config.data, out, seed=config.seed, precision=config.precision)
-            eval.compare_folders(compared, models, val_rows, device)
+            found = eval.compare_folders(compared, models, val_rows, device)
+            log({"stage": "comparison", "step": 1} | found)
 
 
+@ranges.unchecked()
 def parse(args: Sequence[str] | None = None) -> Config:
-    """The command line, or other flags.
+    """The command line, or other flags. Raises UserError for values that are refused or don't go together.
     With --init, the checkpoint's shape is the default of the --model flags; the recipe is that of the --rpt flags. With
     --resume, the flags that the run was started with are the default of all, and those of its model and its data stay
     as they are."""
@@ -635,36 +662,17 @@ def parse(args: Sequence[str] | None = None) -> Config:
         given, kept = (ranges.flatten_config(c) for c in (config, saved))
         kept = {name: value for name, value in kept.items() if name.startswith(RESUME_FIXED)}
         ranges.require_same(given, kept, f"the run in {folder}")
-        return check(config)
-    shape = checkpoint.load_config(config.init) if config.init else ModelConfig()
-    config = tyro.cli(Config, default=Config(model=shape, rpt=RECIPES[config.recipe]), args=args)
-    if not config.init:
-        return check(config)
-    config = replace(config, data=config.data.within(shape.max_positions, config.init))
-    given, known = (ranges.flatten_config(c.resolved(), "model.") for c in (config.model, shape))
-    ranges.require_same(given | {"model.loops": shape.loops}, known, f"the checkpoint {config.init}")
-    return check(config)
-
-
-def check(config: Config) -> Config:
-    """The configuration. Raises UserError for values that are out of their range or don't go together."""
-    config.data.check()
-    stages, problem = config.objective, None
-    if not stages or len({*stages}) < len(stages):
-        given = " ".join(stages) or "nothing"
-        problem = f"--objective {given}: give each stage at most once, and at least one of pretrain, gate, rpt"
-    elif not config.init and stages[0] != "pretrain":
-        problem = f"--objective {stages[0]} has nothing to start from: give --init, or put pretrain before it"
-    if problem:
-        raise UserError(problem)
-    ranges.require_ranges(config)
-    learned = [stage for stage in ("gate", "rpt") if stage in stages]
-    if learned and config.model.loops < 2:
-        problem = f"--model.loops {config.model.loops} leaves {learned[0]} no exit to learn"
-        raise UserError(f"{problem}: give 2 or more loops")
-    if config.rpt.estimator == "sampled" and config.rpt.rollouts < 2:
-        problem = f"--rpt.rollouts {config.rpt.rollouts} gives no group to compare"
-        raise UserError(f"{problem}: the sampled estimator needs 2 or more, or use --rpt.estimator exact")
+    else:
+        shape = checkpoint.load_config(config.init) if config.init else ModelConfig()
+        config = tyro.cli(Config, default=Config(model=shape, rpt=RECIPES[config.recipe]), args=args)
+        if config.init:
+            config = replace(config, data=config.data.within(shape.max_positions, config.init))
+            given, known = (ranges.flatten_config(c.resolved(), "model.") for c in (config.model, shape))
+            ranges.require_same(given | {"model.loops": shape.loops}, known, f"the checkpoint {config.init}")
+    config.check()
+    if not config.init and config.objective[0] != "pretrain":
+        problem = f"--objective {config.objective[0]} has nothing to start from"
+        raise UserError(f"{problem}: give --init, or put pretrain before it")
     return config
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,25 +19,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tyro.conf import Suppress
 
-from support.ranges import NonNegative, Positive, require_ranges
+from support.ranges import Checked, Range
 from support.runtime import UserError
 
 CHUNK_LOGITS = 2**23  # logits made at once: what a CPU's caches hold
 MAX_KEPT_LOGITS = 2**27  # logits kept for the backward pass, 512 MiB in float32; beyond, they are computed again
+MAX_LOOPS, MAX_LAYERS, MAX_SIZE = 64, 1000, 10**6  # what could run somewhere; heads, channels and words are sizes
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked, group="model."):
     """Shape of the looped transformer; with --init it comes from the checkpoint."""
 
-    layers: Positive = 1  # layers in the shared stack
-    loops: Positive = 4  # L, the most often that the stack runs for one token
-    width: Positive = 64  # D, width of the state
-    heads: Positive = 4  # attention heads
-    kv_heads: NonNegative = 0  # key/value heads (0: as many as heads; fewer: grouped-query attention)
-    ffn: NonNegative = 0  # feed-forward width (0: 2.75 x width, rounded up to a multiple of 16)
+    layers: Annotated[int, Range(1, MAX_LAYERS)] = 1  # layers in the shared stack
+    loops: Annotated[int, Range(1, MAX_LOOPS)] = 4  # L, the most often that the stack runs for one token
+    width: Annotated[int, Range(1, MAX_SIZE)] = 64  # D, width of the state
+    heads: Annotated[int, Range(1, MAX_SIZE)] = 4  # attention heads
+    kv_heads: Annotated[int, Range(0, MAX_SIZE)] = 0  # key/value heads (0: as heads; fewer: grouped-query attention)
+    ffn: Annotated[int, Range(0, MAX_SIZE)] = 0  # feed-forward width (0: 2.75 x width, rounded up to a multiple of 16)
     # What follows is not on the command line: it comes from the tokenizer or from the checkpoint.
-    head_dim: Suppress[NonNegative] = 0  # 0: width / heads
+    head_dim: Suppress[Annotated[int, Range(0, MAX_SIZE)]] = 0  # 0: width / heads
     vocab_size: Suppress[int] = 0
     max_positions: Suppress[int] = 65536
     rope_theta: Suppress[float] = 1e6
@@ -50,7 +51,7 @@ class ModelConfig:
 
     def resolved(self) -> "ModelConfig":
         """The same shape with every 0 filled in. Raises UserError for a shape that no model can have."""
-        require_ranges(self, "model.")
+        self.check()
         kv_heads, head_dim = self.kv_heads or self.heads, self.head_dim or self.width // self.heads
         problem = None
         if not self.head_dim and self.width % self.heads:

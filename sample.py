@@ -6,6 +6,7 @@ Prompts run at full depth. While decoding, every pass through the stack serves a
 the weights are the same in every loop, so a row that leaves early starts its next token while others still think.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,13 +21,12 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import data
-from model import LoopedTransformer, ModelConfig, exit_loop
+from model import LoopedTransformer, ModelConfig, exit_cdf
 from support import checkpoint, text
-from support.ranges import NonNegativeFloat, Positive, PositiveShare, Range, require_ranges
+from support.ranges import Checked, NonNegativeFloat, Positive, PositiveShare, Range, unchecked
 from support.runtime import DTYPES, Precision, UserError, pick_device, run_cli, seeded
 
 CacheRule = Literal["copy", "last", "full"]
@@ -35,9 +35,8 @@ Ints = list[int]  # of rows of the cache: their numbers, or each one's loop or p
 
 class Cache:
     """Keys and values of the tokens so far, preallocated for each loop of each layer. A row holds one prompt's tokens.
-    A token at loop l attends to loop l of the tokens before it. One that left early has filled its first loops only;
-    `fill_deeper` copies the last of them into the rest. With loops=1 (Ouro's sharing of the last loop's keys and
-    values) every loop overwrites the one before, so that all loops of the next tokens attend to each token's last."""
+    A token at loop l attends to loop l of the tokens before it. With loops=1 every loop overwrites the one before, so
+    that all loops of the next tokens attend to each token's last, as Ouro shares the last loop's keys and values."""
 
     def __init__(self, c: ModelConfig, rows: int, length: int, *, loops: int, device: torch.device, dtype: torch.dtype):
         shape = c.layers, loops, rows, c.kv_heads, length, c.head_dim  # layers L B K S C
@@ -45,15 +44,11 @@ class Cache:
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.attention = partial(F.scaled_dot_product_attention, enable_gqa=c.heads != c.kv_heads)
 
-    def prefill_attention(self, rows: Ints, loop: int) -> Callable:
+    def prefill_attention(self, rows: Ints, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The attention of one loop over prompts, from position 0 on, which these rows of the cache keep."""
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            for kept, new in (self.keys, k), (self.values, v):
-                kept[layer, min(loop, self.loops - 1), rows, :, : new.shape[2]] = new
-            return self.attention(q, k, v, is_causal=True)
-
-        return attend
+        for kept, new in (self.keys, k), (self.values, v):
+            kept[layer, min(loop, self.loops - 1), rows, :, : new.shape[2]] = new
+        return self.attention(q, k, v, is_causal=True)
 
     def decode_attention(self, rows: Ints, loops: Ints, positions: Ints) -> Callable:
         """The attention of one more token in each of these rows, at its own loop and position; the cache keeps it."""
@@ -99,7 +94,7 @@ def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: Ints, loops
     """All loops of prompts, which these rows of the cache keep; the state after the last one.    R T -> R T D"""
     state, (cos, sin) = net.embed_tokens(ids), net.rotary(torch.arange(ids.shape[1], device=ids.device))
     for loop in range(loops):
-        state = net.loop(state, cos, sin, cache.prefill_attention(rows, loop))
+        state = net.loop(state, cos, sin, partial(cache.prefill_attention, rows, loop))
     return state
 
 
@@ -118,11 +113,8 @@ class Exit(NamedTuple):
 
 def logits_at_exit(net: LoopedTransformer, exit: Exit, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Logits where each token leaves, and that loop (from 1), when all loops have run.    N L D, N L -> N V, N"""
-    if exit.rule == "gate":
-        leave = exit_loop(gate, exit.threshold)  # N
-    else:
-        confidence = net.logits(hidden[:, :-1]).softmax(-1).amax(-1)  # N L-1
-        leave = ((confidence < exit.threshold) | (exit.threshold >= 1)).cumprod(-1).sum(-1)  # N
+    score = exit_cdf(gate)[:, :-1] if exit.rule == "gate" else net.logits(hidden[:, :-1]).softmax(-1).amax(-1)
+    leave = ((score < exit.threshold) | (exit.threshold >= 1)).cumprod(-1).sum(-1)  # N L-1 -> N
     return net.logits(hidden[torch.arange(len(hidden), device=hidden.device), leave]), leave + 1
 
 
@@ -143,6 +135,8 @@ class Token(NamedTuple):
     id: int
     loops: int  # how many loops it took; the first token of a row comes from its prompt, at full depth
     likeliest: int  # the most probable token there
+    logp: float  # log P(id) where it left, of all tokens, at temperature 1 whatever it was drawn at
+    exit: float  # the gate's cumulative exit probability there; 1 at the last loop
 
 
 @dataclass(eq=False)
@@ -152,8 +146,12 @@ class Stream:
     prompt: int  # which one
     slot: int  # its row of the cache
     position: int
+    exit_state: Tensor  # D  after the loop that says what comes next
+    exit_loop: int  # that loop; 0 while it is open
     loops_run: int
-    exit_loop: int  # the loop that says what comes next; 0 while that is open
+    exit_share: float = 1.0  # the gate's cumulative exit probability at that loop
+    state: Tensor | None = None  # D  after the loops run so far; a prompt's last token, which has run all, needs none
+    log_stay: Tensor | None = None  # log P(the gate has not stopped it)
     tokens: list[int] = field(default_factory=list)  # the continuation
 
 
@@ -183,89 +181,74 @@ def generate(
     done     told a row and its new tokens after each of them; says whether the row ends there
     Raises UserError for a prompt that is empty, or longer than the model's positions."""
     most, weight, loops = net.config.max_positions, net.embed_tokens.weight, loops or net.config.loops
-    for n in map(len, prompts):
-        if not 1 <= n <= most:
-            raise UserError(f"the prompt has {n} tokens, the model {most} positions: give from 1 to {most} tokens")
+    if wrong := [n for n in map(len, prompts) if not 1 <= n <= most]:
+        raise UserError(f"the prompt has {wrong[0]} tokens, the model {most} positions: give from 1 to {most} tokens")
     limits = [min(max_tokens, len(tokens)) for tokens in given] if given else [max_tokens] * len(prompts)
     length = min(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), most)
     size, kept_loops = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
     kv_cache = Cache(net.config, size, length, loops=kept_loops, device=weight.device, dtype=weight.dtype)
     generators, waiting = [seeded("draws", s) for s in seeds or range(len(prompts))], [*range(len(prompts))]
+    streams, zero = [], torch.zeros((), device=weight.device)
 
-    # Of the newest token in each row: its state, its state at the exit, and log P(its gate has not stopped it)
-    state, exit_state = weight.new_empty(2, size, net.config.width)  # R D, R D
-    log_stay = weight.new_zeros(size, dtype=torch.promote_types(weight.dtype, torch.float32))  # R
+    while streams or waiting:
+        # Prompts take the free rows, at full depth. No token sees the padding, and decoding overwrites it
+        if free := sorted({*range(kv_cache.rows)} - {s.slot for s in streams})[: len(waiting)]:
+            begun, waiting = waiting[: len(free)], waiting[len(free) :]
+            ids, ends = data.pad([prompts[p] for p in begun]).to(weight.device), [len(prompts[p]) - 1 for p in begun]
+            states = prefill(net, ids, kv_cache, free, loops)[range(len(free)), ends]  # R D
+            streams += map(partial(Stream, loops_run=loops, exit_loop=loops), begun, free, ends, states)
+            streams.sort(key=lambda s: s.slot)  # the cache wants its rows in order
 
-    def start(slots: Ints) -> list[Stream]:
-        """Waiting prompts at full depth, in these rows. No token sees the padding, and decoding overwrites it."""
-        chosen = [waiting.pop(0) for _ in slots]
-        streams = [Stream(p, slot, len(prompts[p]) - 1, loops, loops) for p, slot in zip(chosen, slots, strict=True)]
-        if streams:
-            ids = data.pad([prompts[s.prompt] for s in streams]).to(weight.device)  # R T
-            hidden = prefill(net, ids, kv_cache, slots, loops)  # R T D
-            exit_state[slots] = hidden[range(len(slots)), [s.position for s in streams]]
-        return streams
+        # Without the rows that are free now, once they are half of them: the copy is worth it
+        if len(streams) <= kv_cache.rows // 2:
+            kv_cache.keep_rows([s.slot for s in streams])
+            for slot, s in enumerate(streams):
+                s.slot = slot
 
-    streams = start(list(range(size)))
-    while streams:
         # Tokens that have left: the next one, which starts at the first loop
         if left := [s for s in streams if s.exit_loop and (cache != "full" or s.loops_run == loops)]:
-            slots = [s.slot for s in left]
-            logits = net.logits(exit_state[slots])  # R V
+            logits = net.logits(torch.stack([s.exit_state for s in left]))  # R V
             likeliest = chosen = logits.argmax(-1).tolist()
             if given:
                 chosen = [given[s.prompt][len(s.tokens)] for s in left]
             elif temperature:
                 numbers = [torch.rand((), generator=generators[s.prompt]).item() for s in left]
                 chosen = sample_tokens(logits, numbers, temperature=temperature, top_p=top_p)
-            state[slots], log_stay[slots] = net.embed_tokens(torch.tensor(chosen, device=weight.device)), 0.0
-            ended = []
-            for s, token, best in zip(left, chosen, likeliest, strict=True):
+            logps = logits.log_softmax(-1)[range(len(left)), chosen].tolist()
+            states = net.embed_tokens(torch.tensor(chosen, device=weight.device))  # R D
+            for s, token, best, logp, state in zip(left, chosen, likeliest, logps, states, strict=True):
                 s.tokens.append(token)
-                yield Token(s.prompt, token, s.exit_loop, best)
-                s.position, s.loops_run, s.exit_loop = s.position + 1, 0, 0
+                yield Token(s.prompt, token, s.exit_loop, best, logp, s.exit_share)
+                s.position, s.loops_run, s.exit_loop, s.state, s.log_stay = s.position + 1, 0, 0, state, zero
                 if done(s.prompt, s.tokens) or len(s.tokens) >= limits[s.prompt] or s.position >= most:
-                    ended.append(s)
-
-            # Waiting prompts take the rows of those that have ended; the cache wants its rows in order
-            streams = [s for s in streams if s not in ended] + start([s.slot for s in ended[: len(waiting)]])
-            streams.sort(key=lambda s: s.slot)
-
-            # Without the rows that are free now, once they are half of them: the copy is worth it
-            if len(streams) <= kv_cache.rows // 2:
-                slots = [s.slot for s in streams]
-                kv_cache.keep_rows(slots)
-                state, exit_state, log_stay = state[slots], exit_state[slots], log_stay[slots]
-                for slot, s in enumerate(streams):
-                    s.slot = slot
-            continue  # with the first tokens of prompts that have just started
+                    streams.remove(s)
+            continue  # with the first tokens of prompts that take the rows of those that have ended
 
         # One loop for every stream
-        slots, positions = [s.slot for s in streams], [s.position for s in streams]
-        state[slots] = decode(net, state[slots], kv_cache, slots, [s.loops_run for s in streams], positions)
+        slots, loops_run, positions = map(list, zip(*((s.slot, s.loops_run, s.position) for s in streams), strict=True))
+        states = decode(net, torch.stack([s.state for s in streams]), kv_cache, slots, loops_run, positions)  # R D
 
         # Those whose score reaches the threshold leave here, and at the last loop those that are still there
-        reached = [False] * len(streams)
-        if exit.threshold < 1 and exit.rule == "gate":
-            log_stay[slots] += F.logsigmoid(-net.gate(state[slots]))
-            reached = (-torch.expm1(log_stay[slots]) >= exit.threshold).tolist()
-        elif exit.threshold < 1:
-            reached = (net.logits(state[slots]).softmax(-1).amax(-1) >= exit.threshold).tolist()
-        open_slots = [s.slot for s in streams if not s.exit_loop]
-        exit_state[open_slots] = state[open_slots]
-        for s, enough in zip(streams, reached, strict=True):
-            s.loops_run += 1
+        log_stay = torch.stack([s.log_stay for s in streams]) + F.logsigmoid(-net.gate(states))  # R
+        shares = -torch.expm1(log_stay)  # R
+        score = shares if exit.rule == "gate" or exit.threshold >= 1 else net.logits(states).softmax(-1).amax(-1)  # R
+        reached = ((score >= exit.threshold) & (exit.threshold < 1)).tolist()
+        for s, state, stay, share, enough in zip(streams, states, log_stay, shares.tolist(), reached, strict=True):
+            s.loops_run, s.state, s.log_stay = s.loops_run + 1, state, stay
             if not s.exit_loop and (enough or s.loops_run == loops):
-                s.exit_loop = s.loops_run
+                s.exit_loop, s.exit_state, s.exit_share = s.loops_run, state, share if s.loops_run < loops else 1.0
         if early := [s for s in streams if cache == "copy" and s.exit_loop and s.loops_run < loops]:
             kv_cache.fill_deeper([s.slot for s in early], [s.loops_run for s in early], [s.position for s in early])
 
 
 # The command line
 
+THINK, END_THINK = "<think>", "</think>"  # the marks of a thought: tokens of their own, or spelled
+COLOURS = ("bright_blue", "cyan", "yellow", "red", "magenta", "bright_black")  # of 1, 2, ... loops
+
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationFlags:
+class GenerationFlags(Checked):
     """Of every script that loads one checkpoint and generates."""
 
     folder: Annotated[Path, tyro.conf.Positional]  # checkpoint folder, of this program or of Hugging Face
@@ -274,9 +257,16 @@ class GenerationFlags:
     exit: str | None = None  # another rule: confidence:0.9 leaves when a token is that probable
     loops: Annotated[int | None, Range(1)] = None  # the most loops for a token (none: the checkpoint's)
     cache: CacheRule = "copy"  # deeper loops of a token that left: a copy of its last; the last only; or all loops run
+    chat: bool = False  # prompts as ChatML: each is a user's turn
+    system: str | None = None  # a system's turn before it; implies --chat
+    thinking: bool = False  # open the answer with <think>, as for Ouro's Thinking models; implies --chat
     seed: int = 0  # of the draws
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     dtype: Precision = "auto"  # of weights and cache (auto: as stored)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chat", self.chat or self.thinking or self.system is not None)
+        super().__post_init__()
 
     def exit_rule(self, default: float) -> Exit:
         """From --exit RULE:THRESHOLD or --exit-threshold; by default the gate's, with this threshold."""
@@ -294,30 +284,25 @@ class GenerationFlags:
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(GenerationFlags):
     prompt: tuple[str, ...]  # text to continue; several are continued side by side
-    chat: bool = False  # each prompt is a user's turn, in ChatML
     max_tokens: Positive = 200  # most new tokens
     temperature: NonNegativeFloat = 0.0  # of the draw (0: the likeliest token)
     top_p: PositiveShare = 1.0  # draw among the likeliest tokens that hold this share together
     show_loops: bool = False  # colour each token by the loops it took
+    json: bool = False  # an object for each new token and one for all of them, instead of text
 
     def check(self) -> None:
-        """Raise UserError for a value outside its range, and for a prompt that is no text."""
-        require_ranges(self)
+        super().check()
         if not self.prompt or "" in self.prompt:
             raise UserError("the prompt is empty: give some text to continue with --prompt")
-        for prompt in self.prompt:
-            if prompt != prompt.encode(errors="replace").decode():
-                raise UserError(f"--prompt {prompt!r} is not UTF-8: give text")
+        for flag, given in (*(("prompt", prompt) for prompt in self.prompt), ("system", self.system or "")):
+            if given != given.encode(errors="replace").decode():
+                raise UserError(f"--{flag} {given!r} is not UTF-8: give text")
 
 
-def load_with_tokenizer(folder: Path, device: torch.device, dtype: Precision) -> tuple[LoopedTransformer, Tokenizer]:
+def load_with_tokenizer(folder: str | Path, device, dtype: Precision = "auto") -> tuple[LoopedTransformer, Tokenizer]:
     """The model and its tokenizer. Raises UserError for a folder that lacks one, or if they don't fit."""
     net = checkpoint.load(folder, device, None if dtype == "auto" else DTYPES[dtype])
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder} has no tokenizer.json: put the one that the checkpoint was trained with there")
-    tokenizer = text.load_tokenizer(str(folder / "tokenizer.json"))
-    text.check_vocabulary(tokenizer, folder)
-    return net.eval(), tokenizer
+    return net.eval(), text.pick_tokenizer("auto", folder, text.byte_tokenizer())
 
 
 def stop_ids(net: LoopedTransformer, tokenizer: Tokenizer) -> set[int]:
@@ -327,7 +312,21 @@ def stop_ids(net: LoopedTransformer, tokenizer: Tokenizer) -> set[int]:
     return (configured | {text.eos_id(tokenizer), tokenizer.token_to_id(text.IM_END)}) - {None}
 
 
-COLOURS = ("bright_blue", "cyan", "yellow", "red", "magenta", "bright_black")  # of 1, 2, ... loops
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str], how: GenerationFlags) -> list[list[int]]:
+    """Tokens of prompts: as they are, where text may spell any token; or of ChatML up to the answer, where none does.
+    Raises UserError for ChatML if the tokenizer lacks its tokens."""
+    if not how.chat:
+        return text.tokenize(tokenizer, list(texts), special=True)
+    head, start = [("system", how.system)] * (how.system is not None), f"{THINK}\n" * how.thinking
+    chats = text.encode_chats(tokenizer, [[*head, ("user", prompt), ("assistant", start)] for prompt in texts])
+    return [ids[: places[-1][1] - 1] for ids, places in chats]  # without the end of the answer
+
+
+def decode_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """The text of tokens; of special ones, it keeps the marks of a thought alone."""
+    added = tokenizer.get_added_tokens_decoder()
+    hidden = {i for i, token in added.items() if token.special and token.content not in (THINK, END_THINK)}
+    return tokenizer.decode([i for i in ids if i not in hidden], skip_special_tokens=False)
 
 
 def shade(loops: int) -> str:
@@ -341,51 +340,66 @@ def legend(loops: list[int]) -> Text:
 
 
 def main() -> None:
-    config = tyro.cli(SampleConfig, description=__doc__)
+    with unchecked():
+        config = tyro.cli(SampleConfig, description=__doc__)
     config.check()
     net, tokenizer = load_with_tokenizer(config.folder, pick_device(config.device), config.dtype)
     exit = config.exit_rule(net.config.exit_threshold)
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     if data.is_chain(tokenizer):
+        if config.json or config.chat:
+            raise UserError(f"{config.folder} has no text, only chain arithmetic: leave --json and the chat flags out")
         return show_chain(net, tokenizer, config, exit, console)
-    texts = list(config.prompt)
-    prompts = text.chat_prompts(tokenizer, texts) if config.chat else text.tokenize(tokenizer, texts, special=True)
-    stops, streams = stop_ids(net, tokenizer), [DecodeStream(skip_special_tokens=True) for _ in prompts]
-    shown, loops, start = [Text() for _ in prompts], [], time.perf_counter()
+    prompts, stops = encode_prompts(tokenizer, config.prompt, config), stop_ids(net, tokenizer)
+    shown, tokens, start = [Text() for _ in prompts], [[] for _ in prompts], time.perf_counter()
+    said = [THINK * config.thinking for _ in prompts]
+
+    def show(token: Token, held: str) -> None:
+        """What is new in a row's text but for these characters at its end: dimmed in a thought, coloured by loops."""
+        before, ids = said[token.row], [other.id for other in tokens[token.row]]
+        after = (THINK * config.thinking + decode_text(tokenizer, ids)).rstrip(held)
+        said[token.row], piece = after, after[len(before) :]
+        thought = any(x.rfind(THINK) > x.rfind(END_THINK) for x in (before, after))
+        style = " ".join(["dim"] * thought + [shade(token.loops)] * config.show_loops)
+        shown[token.row].append(piece, style)
+        if len(prompts) == 1 and style:
+            console.print(Text(piece, style), end="")
+        elif len(prompts) == 1:
+            print(piece, end="", flush=True)  # as it is: rich would change its tabs
+
     how = {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_p": config.top_p}
     how |= {"loops": config.loops, "cache": config.cache, "seeds": [f"{config.seed}/{i}" for i in range(len(prompts))]}
     for token in generate(net, prompts, exit=exit, done=lambda row, tokens: tokens[-1] in stops, **how):
-        loops.append(token.loops)
-        piece = streams[token.row].step(tokenizer, token.id) or ""
-        if len(prompts) > 1:
-            shown[token.row].append(piece, shade(token.loops) if config.show_loops else None)
-        elif config.show_loops:
-            console.print(Text(piece, shade(token.loops)), end="")
+        tokens[token.row].append(token)
+        if config.json:
+            print(json.dumps(token._asdict() | {"text": decode_text(tokenizer, [token.id])}), flush=True)
         else:
-            print(piece, end="", flush=True)  # as it is: rich would change its tabs
-    seconds = time.perf_counter() - start
-    if len(prompts) == 1:
-        console.print()
-    for prompt, continuation in zip(config.prompt, shown, strict=True) if len(prompts) > 1 else ():
-        console.rule(Text(prompt.strip().split("\n")[0]), align="left")
-        console.print(continuation)
+            show(token, "\ufffd")  # which may be a part of a character
+    loops, seconds = [token.loops for row in tokens for token in row], time.perf_counter() - start
+    total = {"tokens": len(loops), "loops": sum(loops) / len(loops), "tokens_per_s": len(loops) / seconds}
+    if config.json:
+        texts = [decode_text(tokenizer, [token.id for token in row]) for row in tokens]
+        return print(json.dumps({"prompts": prompts, "texts": texts} | total))
+    for prompt, row, continuation in zip(config.prompt, tokens, shown, strict=True):
+        show(row[-1], "")
+        if len(prompts) > 1:
+            console.rule(Text(prompt.strip().split("\n")[0]), align="left")
+        console.print(continuation if len(prompts) > 1 else "")
     if config.show_loops:
         console.print(legend(loops))
-    note = f"{len(loops)} tokens, {sum(loops) / len(loops):.2f} loops on average, {len(loops) / seconds:.1f} tokens/s"
+    note = "{tokens} tokens, {loops:.2f} loops on average, {tokens_per_s:.1f} tokens/s".format(**total)
     Console(stderr=True, markup=False, highlight=False).print(note, style="dim")
 
 
 def show_chain(net: LoopedTransformer, tokenizer: Tokenizer, config: SampleConfig, exit: Exit, console: Console):
     """The built-in task has answers, not text to go on with: the value after each operand, and the loops it took."""
     for prompt in config.prompt:
-        symbols = prompt.split()
-        ids = [tokenizer.token_to_id(symbol) for symbol in symbols]
+        symbols, ids = prompt.split(), [*map(tokenizer.token_to_id, prompt.split())]
         if len(ids) % 2 == 0 or any((i is None) or (i < data.MODULUS) != (n % 2 == 0) for n, i in enumerate(ids)):
             problem = f"--prompt {prompt!r} is not chain arithmetic, which {config.folder} was trained on"
             raise UserError(f"{problem}: give operands 0 to 4 and operators + - × between them, as in '3 + 4 × 2'")
-        with torch.no_grad():
-            out = net(torch.tensor([ids], device=net.embed_tokens.weight.device), loops=config.loops)
-            logits, exits = logits_at_exit(net, exit, out.hidden[0, ::2], out.gate[0, ::2])  # N V, N
+        out = net(torch.tensor([ids], device=net.embed_tokens.weight.device), loops=config.loops)
+        logits, exits = logits_at_exit(net, exit, out.hidden[0, ::2], out.gate[0, ::2])  # N V, N
         for n, (answer, loops) in enumerate(zip(logits.argmax(-1).tolist(), exits.tolist(), strict=True)):
             line = f"{' '.join(symbols[: 2 * n + 1])} = {answer}    {loops} {'loop' if loops == 1 else 'loops'}"
             console.print(Text(line, shade(loops) if config.show_loops else ""))

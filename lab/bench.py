@@ -1,7 +1,6 @@
 """How fast it is: ratios within one run, with random weights of a known shape or a checkpoint.
 
 python -m lab.bench decode                           what early exits save, one prompt; or DIR --batch 16
-python -m lab.bench cache DIR --data.path val.jsonl  what the cache of early exits costs in accuracy
 python -m lab.bench plan --shape ouro-2.6b --gpus 8  memory and time of training, before it is tried
 python -m lab.bench rpt                              a LoopRPT step beside a naive reading of the paper
 """
@@ -9,7 +8,6 @@ python -m lab.bench rpt                              a LoopRPT step beside a nai
 import math
 import os
 import time
-import timeit
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -25,7 +23,7 @@ import looprpt
 import sample
 from model import LoopedTransformer, ModelConfig, exit_logpdf
 from support import checkpoint, runtime, sizes
-from support.ranges import AtLeastTwo, Positive, PositiveFloat, PositiveShare, Range, require_ranges
+from support.ranges import AtLeastTwo, Checked, Positive, PositiveFloat, PositiveShare, Range, unchecked
 from support.runs import Stage, make_optimizer
 from support.runtime import Precision, UserError, console
 
@@ -56,7 +54,7 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.
 
 
 @dataclass(frozen=True)
-class DecodeConfig:
+class DecodeConfig(Checked):
     folder: Annotated[Path | None, tyro.conf.Positional] = None  # checkpoint folder (none: random weights)
     shape: Shape = "medium"  # of the random weights
     thresholds: Annotated[tuple[float, ...], Range(0, 1)] = (0.1, 0.3, 0.5, 0.7, 0.9)  # exit thresholds of the gate
@@ -86,7 +84,7 @@ def decoded(net: LoopedTransformer, prompts: list[list[int]], **how) -> tuple[li
 def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     """Tokens per second at each exit threshold beside full depth; the runs alternate, medians are shown.
     Ideal is L / average loops: a loop that isn't run costs nothing, and all else is free. Prompts are not counted."""
-    require_ranges(config)
+    config.check()
     runtime.require_new(config.out)
     device = runtime.pick_device(config.device)
     if config.folder:
@@ -122,57 +120,11 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
-    folder: Annotated[Path, tyro.conf.Positional]  # checkpoint folder
-    data: data.DataConfig  # a file that was not trained on
-    thresholds: Annotated[tuple[float, ...], Range(0, 1)] = (0.1, 0.3, 0.5, 0.7, 1.0)  # exit thresholds of the gate
-    rows: Positive = 200  # documents at most, evenly by length
-    batch: Positive = 32  # of them side by side
-    device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
-    dtype: Precision = "auto"  # of weights and cache (auto: as stored)
-    out: Path | None = None  # where to write the table as JSON
-
-
-def cache(config: Annotated[CacheConfig, tyro.conf.arg(name="")]) -> None:
-    """Accuracy of next tokens of given responses, decoded step by step, with each rule for what an early exit leaves in
-    the cache; 'full' is exact. The first token of a response, which comes from the prompt, is not counted."""
-    require_ranges(config)
-    config.data.check()
-    if not config.data.path:
-        raise UserError("no --data.path was given: the caches are compared on documents, give a file of them")
-    runtime.require_new(config.out)
-    device = runtime.pick_device(config.device)
-    net, tokenizer = sample.load_with_tokenizer(config.folder, device, config.dtype)
-    settings = config.data.within(net.config.max_positions, config.folder)
-    rows, notes = data.encode(config.data.path, tokenizer, settings)
-    rows = sorted((r for r in rows if len(r.ids) > r.prompt + 1), key=lambda r: len(r.ids))
-    if not rows:
-        raise UserError(f"{config.data.path} has no response of two tokens: give longer ones, or raise --data.length")
-    rows = rows[:: math.ceil(len(rows) / config.rows)]
-    runtime.print_notes(notes)
-    prompts, given = [row.ids[: row.prompt] for row in rows], [row.ids[row.prompt :] for row in rows]
-    how = {"given": given, "max_tokens": max(map(len, given)), "batch": config.batch}
-    results, cells = [], []
-    for rule in ("full", "copy", "last"):
-        cells.append([rule])
-        for threshold in runtime.progress_bar(config.thresholds, f"cache '{rule}'"):
-            tokens, _ = decoded(net, prompts, exit=sample.Exit("gate", threshold), cache=rule, **how)
-            means = {"accuracy": fmean(t.id == t.likeliest for t in tokens), "loops": fmean(t.loops for t in tokens)}
-            results.append({"cache": rule, "threshold": threshold, "tokens": len(tokens)} | means)
-            cells[-1].append(f"{100 * means['accuracy']:.1f} at {means['loops']:.2f}")
-    title = f"accuracy in % at average loops, {config.folder}"
-    runtime.print_table(title, ["cache", *(f"threshold {t:g}" for t in config.thresholds)], cells)
-    if config.out:
-        checkpoint.write_json(config.out, {"cache": str(config.folder), "rows": results} | runtime.provenance(device))
-
-
-@dataclass(frozen=True)
-class PlanConfig:
+class PlanConfig(Checked):
     shape: Shape = "ouro-2.6b"  # of the model
     gpus: Annotated[tuple[int, ...], Range(1, 1024)] = (1, 2, 4, 8, 16, 64, 256, 1024)  # a row of the table for each
-    per_machine: Positive = 8  # GPUs of a machine, the most that share one copy of the model
+    per_machine: Positive = 8  # GPUs that share one copy of the model, at most (1: each has its own)
     objective: Stage = "rpt"  # what is trained
-    dist: Literal["ddp", "fsdp"] = "fsdp"  # each GPU a whole copy, or a shard of it
     recompute: bool = True  # compute each layer's activations again in the backward pass, as --train.recompute
     rows: Positive = 1  # rows of a forward pass of one GPU, as --train.micro-batch
     batch: Positive = 64  # rows in a step, over all GPUs
@@ -184,7 +136,7 @@ class PlanConfig:
 
 def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     """Computed, not measured: GiB on each GPU at the peak of a step without torch.compile, and its seconds by --mfu."""
-    require_ranges(config)
+    config.check()
     if not config.gpus:
         raise UserError("--gpus came without a number: give one or more")
     c, tokens = SHAPES[config.shape].resolved(), torch.ones(config.batch, config.length, dtype=torch.bool)
@@ -192,13 +144,12 @@ def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     how = {"rows": config.rows, "length": config.length, "bf16": True, "recompute": config.recompute}
     flops, cells = runtime.step_flops(config.objective, c, cfg, data.Batch(tokens, tokens, tokens)), []
     for gpus in config.gpus:
-        shards = min(gpus, config.per_machine) if config.dist == "fsdp" else 1
-        bytes_of = sizes.step_memory(config.objective, c, cfg, shards=shards, **how)
+        bytes_of = sizes.step_memory(config.objective, c, cfg, shards=min(gpus, config.per_machine), **how)
         passes = math.ceil(config.batch / (gpus * config.rows))  # some GPUs may idle
         seconds = flops * passes * config.rows / config.batch / (config.peak * 1e12 * config.mfu)
         gib = (size / 2**30 for size in (*bytes_of.values(), sum(bytes_of.values())))
         cells.append([str(gpus), *(f"{x:.1f}" for x in gib), f"{seconds:.2f}"])
-    title = f"{config.objective}, {config.shape}, {config.dist}: GiB per GPU"
+    title = f"{config.objective}, {config.shape}, sharded: GiB per GPU"
     runtime.print_table(title, ("GPUs", *bytes_of, "all", "s/step"), cells, left=0)
     cache = 2 * c.layers * c.loops * c.kv_heads * c.head_dim * 2 // 2**10
     console.print(f"{config.batch} rows of {config.length} tokens a step, {config.rows} at once; --mfu is a guess.")
@@ -206,7 +157,7 @@ def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
+class SpeedConfig(Checked):
     shape: Shape = "small"  # of the random weights
     rows: Annotated[int | None, Range(1)] = None  # rows in a step, all at once (none: what suits the shape)
     length: Annotated[int | None, Range(2)] = None  # tokens in a row (none: what suits the shape)
@@ -214,9 +165,8 @@ class SpeedConfig:
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
     naive: bool = True  # time the naive form too, which may need more memory than there is
     compile: bool = True  # time the other forms with torch.compile too
-    recompute: bool = False  # the other forms as with --train.recompute
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
-    out: Path | None = None  # JSON file to add the result to
+    out: Path | None = None  # where to write the result as JSON
 
 
 def naive_step(student, teacher, batch: data.Batch, cfg: looprpt.RPTConfig, generator: torch.Generator) -> Tensor:
@@ -260,38 +210,12 @@ def peak_bytes(step, standing: int, device: torch.device) -> int:
     return standing + torch.tensor([0, *sizes]).cumsum(0).max().item()
 
 
-def measured_peak(device: torch.device, precision: Precision) -> float:
-    """Operations per second: a GPU's by its vendor; of any other device, the most that a matrix product reaches."""
-    if peak := runtime.vendor_flops(device):
-        return peak
-    best, size, seconds = 0.0, 256, 0.0
-    with runtime.autocast(device, precision), torch.no_grad():
-        while size <= 2048 and seconds < 0.1:  # a CPU without bfloat16 instructions takes long for a large product
-            a = torch.randn(size, size, device=device)
-            seconds = min(timeit.repeat("(a @ a).sum().item()", globals={"a": a}, number=1, repeat=3))
-            best, size = max(best, 2 * size**3 / seconds), 2 * size
-    return best
-
-
-def read_runs(path: Path | None) -> list[dict]:
-    """The results that a file holds already. Raises UserError if it is something else."""
-    if not (path and path.exists()):
-        return []
-    runs = checkpoint.read_json(path).get("runs") if path.is_file() else None
-    keys = {"bench", "argv", "precision", "forms"}
-    if not isinstance(runs, list) or not all(isinstance(run, dict) and keys <= run.keys() for run in runs):
-        raise UserError(f"--out {path} holds no results of these benchmarks: give another name")
-    return runs
-
-
 def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
     """A LoopRPT step, backward pass, optimiser and teacher included, beside a naive form of it.
     Naive and paper draw exits in 8 rollouts, exact takes the expectation in one, dense is without noise and trained on
     all tokens. MFU counts the operations that our form needs, also for the naive one."""
-    require_ranges(config)
-    read_runs(config.out)  # refuses another file before anything is timed
-    if config.out:
-        runtime.make_folder(config.out.parent)
+    config.check()
+    runtime.require_new(config.out)
     device, usual = runtime.pick_device(config.device), ROWS[config.shape]
     rows, length = config.rows or usual[0], config.length or usual[1]
     net = random_model(config.shape, device)
@@ -307,7 +231,6 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
     def step(form: str) -> float:
         for layer in (*net.layers, *teacher.layers):
             layer.compiled = form.endswith("compiled")
-        net.recompute = config.recompute and form != "naive"
         start = time.perf_counter()
         cfg, noise = forms[form], runtime.seeded("noise", device=device)
         with runtime.autocast(device, config.precision):
@@ -325,38 +248,39 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    sizes = {}
+    peaks = {}
     for form in runtime.progress_bar(forms, "warming up"):
         try:
             step(form)
-            sizes[form] = peak_bytes(lambda form=form: step(form), standing, device)
+            peaks[form] = peak_bytes(lambda form=form: step(form), standing, device)
         except torch.OutOfMemoryError:
             console.print(f"{form}: more memory than there is")
-    if not sizes:
+    if not peaks:
         raise UserError(f"--rows {rows} --length {length}: nothing fits into the memory of {device}, give less")
-    times = [{form: step(form) for form in sizes} for _ in runtime.progress_bar(range(config.rounds), "timing")]
-    first, peak, results = next(iter(sizes)), measured_peak(device, config.precision), []
-    for form, size in sizes.items():
+    times = [{form: step(form) for form in peaks} for _ in runtime.progress_bar(range(config.rounds), "timing")]
+    first, peak, results = next(iter(peaks)), runtime.vendor_flops(device), []
+    for form, size in peaks.items():
         seconds, speedup = median(t[form] for t in times), median(t[first] / t[form] for t in times)
-        mfu = runtime.step_flops("rpt", net.config, forms[form], batch) / seconds / peak
+        mfu = runtime.step_flops("rpt", net.config, forms[form], batch) / seconds / peak if peak else None
         row = {"form": form, "tokens_per_s": rows * length / seconds, "speedup": speedup, "peak_gib": size / 2**30}
-        results.append(row | {"memory": size / sizes[first], "mfu": mfu})
+        results.append(row | {"memory": size / peaks[first], "mfu": mfu})
     precision, made_by = runtime.matmul_dtype(device, config.precision), runtime.provenance(device)
     title = f"rpt, {config.shape}, {rows} rows of {length}, {precision}, {made_by['device']}"
     runtime.print_table(title, ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU"), map(speed_cells, results))
     if config.out:
         run = {"bench": "rpt", "shape": config.shape, "rows": rows, "length": length, "precision": precision}
-        run |= {"threads": torch.get_num_threads(), "peak_tflops": peak / 1e12, "forms": results}
-        checkpoint.write_json(config.out, {"runs": [*read_runs(config.out), run | made_by]})
+        run |= {"threads": torch.get_num_threads(), "peak_tflops": peak and peak / 1e12, "forms": results}
+        checkpoint.write_json(config.out, {"runs": [run | made_by]})
 
 
 def speed_cells(row: dict) -> list[str]:
     speeds = f"{row['tokens_per_s']:,.0f}", f"{row['speedup']:.2f}", f"{row['peak_gib']:.2f}", f"{row['memory']:.2f}"
-    return [row["form"], *speeds, f"{100 * row['mfu']:.0f} %"]
+    return [row["form"], *speeds, "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"]
 
 
+@unchecked()
 def main() -> None:
-    commands = {"rpt": compare_forms, "decode": decode, "cache": cache, "plan": plan}
+    commands = {"rpt": compare_forms, "decode": decode, "plan": plan}
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m lab.bench")
 
 

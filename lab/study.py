@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 import data
 import eval
 import looprpt
+from eval import at_threshold_half
 from support import checkpoint, runtime, text
 from support.processes import stop_signals
-from support.ranges import NonNegative, Positive, flag, flatten_config, require_ranges
-from support.runs import FOLDER
+from support.ranges import Checked, NonNegative, Positive, flag, flatten_config, unchecked
+from support.runs import FOLDER, read_log
 from support.runtime import Precision, UserError, console
 
 EXACT = "--rpt.estimator exact --rpt.rollouts 1"
@@ -76,7 +77,7 @@ BASELINES = ("base", "stage-1", "paper", "exact")  # what each variant is compar
 
 
 @dataclass(frozen=True)
-class StudyConfig:
+class StudyConfig(Checked):
     track: Literal["demo", "text"] = "demo"  # the built-in task, or GSM8K
     seeds: Positive = 3  # number of bases
     start: NonNegative = 0  # seed of the first; several processes can share a study, each with seeds of its own
@@ -90,7 +91,7 @@ class StudyConfig:
 def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
     """Train a base for each seed and every variant from it, and score all on rows that nothing was chosen by. Each gets
     a result file; what is done already is not done again."""
-    require_ranges(config)
+    config.check()
     names = select(config.only and ("base", *config.only), VARIANTS, "--only")
     folder = config.out or Path("out") / f"study-{config.track}"
     results = config.results or Path("results") / config.track
@@ -117,7 +118,7 @@ def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
             tallies = {bucket: eval.tally(scores, sets[bucket])._asdict() for bucket in COMPARED_BUCKETS}
             sums = {f"{bucket}.{key}": x.contiguous() for bucket in tallies for key, x in tallies[bucket].items()}
             save_file(sums, run_folder / "tally.safetensors")
-            log = [json.loads(line) for line in (run_folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+            log = read_log(run_folder / "log.jsonl")
             every = max(1, len(log) // 50)
             training = [{key: step[key] for key in ("step", "loss", "loops")} for step in log[every - 1 :: every]]
             flags, starts = command(config, folder, seed, name), checkpoint.read_json(run_folder / "run.json")["starts"]
@@ -265,11 +266,6 @@ def select(names: Sequence[str], among: Collection[str], option: str) -> list[st
     return [*(names or among)]
 
 
-def at_threshold_half(scores: dict) -> tuple[float, float]:
-    """Average loops and accuracy of a bucket at exit threshold 0.5."""
-    return next((point["loops"], point["accuracy"]) for point in scores["sweep"] if point["threshold"] == 0.5)
-
-
 def mean_std(values: Sequence[float | None], digits: int, scale: float = 1) -> str:
     """Mean and standard deviation over the seeds."""
     if None in values:
@@ -381,6 +377,7 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
         console.print(path, soft_wrap=True)
 
 
+@unchecked()
 def main() -> None:
     tyro.extras.subcommand_cli_from_dict({"run": run, "table": table, "plot": plot}, prog="python -m lab.study")
 

@@ -8,41 +8,45 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
+from reprlib import repr as brief
 from textwrap import shorten
 
 import torch
 import tyro
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import LoopedTransformer, ModelConfig
+from model import MAX_LAYERS, MAX_LOOPS, MAX_SIZE, LoopedTransformer, ModelConfig
 from support.processes import full_tensor, is_writer
 from support.runtime import DTYPES, DType, UserError, run_cli
 
-# Ouro's names of our fields; the shape is needed, the rest has Ouro's defaults
+# Ouro's names of our fields; the shape and rope_theta are needed, the rest has Ouro's defaults
 SHAPE = {"num_hidden_layers": "layers", "total_ut_steps": "loops", "hidden_size": "width", "vocab_size": "vocab_size"}
 SHAPE |= {"num_attention_heads": "heads", "intermediate_size": "ffn"}
-COUNTS = SHAPE | {"max_position_embeddings": "max_positions"}
-HEADS = {"num_key_value_heads": "kv_heads", "head_dim": "head_dim"}
+COUNTS = SHAPE | {"num_key_value_heads": "kv_heads", "head_dim": "head_dim", "max_position_embeddings": "max_positions"}
+MOST = {"num_hidden_layers": MAX_LAYERS, "total_ut_steps": MAX_LOOPS, "max_position_embeddings": 2**31 - 1}
 SCALES = {"rope_theta": "rope_theta", "rms_norm_eps": "rms_norm_eps", "initializer_range": "init_std"}
-SHARES = {"early_exit_threshold": "exit_threshold"}
 TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id"}
-RULES = (  # what their values must be, in words and as a function
-    ("a whole number above 0", lambda x: type(x) is int and x > 0, COUNTS),
-    ("a whole number above 0, or null", lambda x: x is None or (type(x) is int and x > 0), HEADS),
-    ("a number above 0", lambda x: type(x) in (int, float) and 0 < x < torch.inf, SCALES),
-    ("a number from 0 to 1", lambda x: type(x) in (int, float) and 0 <= x <= 1, SHARES),
-    ("true or false", lambda x: isinstance(x, bool), {"tie_word_embeddings": "tied"}),
-    ("a token's number, or null", lambda x: x is None or are_tokens(x if isinstance(x, list) else [x]), TOKENS),
+RULES = (  # what their values must be, null aside: in words and as a function
+    ("a whole number from 1 to {}", lambda x, most: type(x) is int and 0 < x <= most, COUNTS),
+    ("a number above 0, below 1e18", lambda x, _: type(x) in (int, float) and 0 < x < 1e18, SCALES),
+    ("0 or more", lambda x, _: type(x) in (int, float) and x >= 0, {"early_exit_threshold": "exit_threshold"}),
+    ("true or false", lambda x, _: isinstance(x, bool), {"tie_word_embeddings": "tied"}),
+    ("a token's number", lambda x, _: are_tokens(x if isinstance(x, list) else [x]), TOKENS),
 )
 CONFIG_KEYS = {key: (ours, rule, holds) for rule, holds, names in RULES for key, ours in names.items()}
-# What a configuration says of the computation; ours does just this
+# What a configuration says of the computation: ours does just this. A key that stands nowhere here changes no number
 ARCHITECTURE = {"model_type": "ouro", "architectures": ["OuroForCausalLM"], "hidden_act": "silu", "rope_scaling": None}
 ARCHITECTURE |= {"attention_dropout": 0.0, "use_sliding_window": False}
-NOT_OURO = {"rope_type": "default", "quantization_config": None, "attention_bias": False}  # and no key of it
+NOT_OURO = {"rope_type": "default", "type": "default", "factor": 1.0, "partial_rotary_factor": 1.0, "pruned_heads": {}}
+NOT_OURO |= {"rope_parameters": None, "quantization_config": None, "attention_bias": False, "early_exit_step": None}
+KNOWN = {"layer_types": "full_attention"} | ARCHITECTURE | NOT_OURO  # or null, or no such key
+ROPE_PLACES = ("rope_parameters", "rope_scaling", "full_attention")  # where rotary settings stand, but for the top
 # What only other programs read; the published code is the same for all sizes
 FOR_OTHERS = {"sliding_window": None, "use_cache": True, "transformers_version": "4.55.0"}
 PUBLISHED = {"AutoConfig": "configuration_ouro.OuroConfig", "AutoModel": "modeling_ouro.OuroModel"}
@@ -53,10 +57,19 @@ SHARD_BYTES = 5_000_000_000  # larger checkpoints are split
 GENERATION = "generation_config.json"
 COMPANIONS = f"""{GENERATION} tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     merges.txt chat_template.jinja""".split()  # what else a folder holds, copied as it is
+EOS, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # the last two are ChatML's
+CHATML = "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+CHATML += "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 
 
 def are_tokens(ids: list) -> bool:
-    return ids != [] and all(type(i) is int and i >= 0 for i in ids)
+    return ids != [] and all(type(i) is int and 0 <= i < 2**32 for i in ids)
+
+
+def join_tokens(*ids: object) -> int | tuple[int, ...] | None:
+    """One token, several, or none, of each, as one configuration has them."""
+    joined = tuple(dict.fromkeys(i for x in ids if x is not None for i in (x if isinstance(x, list | tuple) else [x])))
+    return joined if len(joined) > 1 else joined[0] if joined else None
 
 
 def ouro_name(name: str) -> str:
@@ -81,12 +94,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             fsync(path)
         os.rename(temporary, folder)
         fsync(folder.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):  # safetensors has its own word for a full disk
-            problem = f"{folder} can't be written ({error}): make room or give another place"
-            raise UserError(f"{problem}; what was saved before is intact") from error
-        raise
+    except (OSError, SafetensorError) as error:  # safetensors has its own word for a full disk
+        problem = f"{folder} can't be written ({error}): make room or give another place"
+        raise UserError(f"{problem}; what was saved before is intact") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing is there once it is renamed
 
 
 def fsync(path: Path) -> None:
@@ -95,28 +107,49 @@ def fsync(path: Path) -> None:
     os.close(handle)
 
 
-def save(model: LoopedTransformer, folder: Path, tokenizer=None, *, dtype=None, source: Path | None = None) -> None:
-    """Write a checkpoint folder, complete or not at all. Every process of a sharded model takes part, one writes.
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """A tokenizer.json, without its cutting and padding. Raises UserError if there is none."""
+    if not os.path.isfile(path):
+        raise UserError(f"--data.tokenizer {path} is not a file: give a tokenizer.json, or 'bytes'")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise UserError(f"{path} is not a tokenizer ({error}): give a tokenizer.json, or 'bytes'") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def save(model: LoopedTransformer, folder: str | Path, tokenizer=None, *, dtype=None, source=None) -> None:
+    """Write a checkpoint folder, or leave none and raise UserError. Every process of a sharded model takes part.
     tokenizer  a tokenizers.Tokenizer, saved with the weights (default: the files of the one in `source`)
     dtype      a torch.dtype for the weights in the file (default: as they are)
-    source     a checkpoint folder whose generation settings are copied"""
+    source     a checkpoint folder (str or Path) whose generation settings are copied"""
     c, dtype = model.config, dtype or model.embed_tokens.weight.dtype
+    files = {name: path for name in COMPANIONS if source and (path := Path(source, name)).is_file()}
+    known = tokenizer or ("tokenizer.json" in files and load_tokenizer(files["tokenizer.json"]))
+    is_chat = known and None not in (known.token_to_id(IM_START), known.token_to_id(IM_END))
+    eos = join_tokens(c.eos_token_id, known.token_to_id(IM_END) if is_chat else None)
+    first = eos[0] if isinstance(eos, tuple) else eos
+    generation = read_json(files[GENERATION]) if GENERATION in files else {}
+    generation = generation or {"bos_token_id": c.bos_token_id, "pad_token_id": first}
     config = ARCHITECTURE | FOR_OTHERS | {key: getattr(c, ours) for key, (ours, *_) in CONFIG_KEYS.items()}
     config |= {"layer_types": ["full_attention"] * c.layers, "torch_dtype": str(dtype).removeprefix("torch.")}
-    with atomic_folder(folder) as temporary:
+    config["early_exit_threshold"] = 2.0 if c.exit_threshold == 1 else c.exit_threshold  # a gate there rounds to 1
+    with atomic_folder(Path(folder)) as temporary:
         save_weights({ouro_name(name): p.detach() for name, p in model.named_parameters()}, temporary, dtype)
         if not is_writer():
             return
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name in COMPANIONS if tokenizer is None else (GENERATION,):
-            if source and (source / name).is_file():
-                shutil.copyfile(source / name, temporary / name)
+        for name, path in files.items() if tokenizer is None else ():
+            shutil.copyfile(path, temporary / name)
+        for name, content in (("config.json", config), (GENERATION, generation)):
+            write_json(temporary / name, content | {"eos_token_id": eos})
         if tokenizer is not None:
             tokenizer.save(str(temporary / "tokenizer.json"))
-            first = c.eos_token_id[0] if isinstance(c.eos_token_id, tuple) else c.eos_token_id
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            settings["eos_token"] = None if first is None else tokenizer.id_to_token(first)
-            (temporary / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            settings["model_input_names"] = ["input_ids", "attention_mask"]
+            settings["eos_token"] = settings["pad_token"] = None if first is None else tokenizer.id_to_token(first)
+            write_json(temporary / "tokenizer_config.json", settings | ({"chat_template": CHATML} if is_chat else {}))
 
 
 def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
@@ -144,8 +177,8 @@ def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -
 
 def read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise UserError(f"{path} is not JSON ({error}): restore the file") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not an object: restore the file")
@@ -163,32 +196,33 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
-def load_config(folder: Path) -> ModelConfig:
+def load_config(folder: str | Path) -> ModelConfig:
     """Shape of the checkpoint in a folder. Raises UserError if it isn't one, or isn't Ouro's architecture."""
-    path = folder / "config.json"
+    path, generation = Path(folder, "config.json"), Path(folder, GENERATION)
     if not path.is_file():
-        what = "is a file, give its folder" if folder.is_file() else "has no config.json"
-        if not folder.exists():
+        what = "is a file, give its folder" if path.parent.is_file() else "has no config.json"
+        if not path.parent.exists():
             what = f"is not there (to download: hf download ORGANISATION/NAME --local-dir {folder})"
         raise UserError(f"{folder} is not a checkpoint folder: it {what}")
-    config = read_json(path)
-    if isinstance(rope := config.get("rope_parameters"), dict):  # where transformers 5 writes them
-        config = {key: rope[key] for key in ("rope_theta", "rope_type") if key in rope} | config
-    types = config.get("layer_types") or []
-    layer_types = sorted({*types} - {"full_attention"}) if isinstance(types, list) else types
-    given = ARCHITECTURE | NOT_OURO | {"model_type": None} | config | {"layer_types": layer_types}
-    for key, ours in (ARCHITECTURE | NOT_OURO | {"layer_types": []}).items():
-        if given[key] != ours:
-            raise UserError(f"{path} says {key} {given[key]!r}: only Ouro's {ours or 'full_attention'!r} is known here")
-    if missing := [key for key in SHAPE if key not in config]:
+    config = {"model_type": ""} | {key: value for key, value in read_json(path).items() if value is not None}
+    types, parts = config.pop("layer_types", []), [("", config)]
+    config["layer_types"] = ([x for x in types if x != "full_attention"] if type(types) is list else [types]) or None
+    for place, part in parts:  # grows by the objects that hold rotary settings
+        parts += [(f"{place}{key} ", part.pop(key)) for key in ROPE_PLACES if isinstance(part.get(key), dict)]
+        for key, value in sorted(((k, v) for k, v in part.items() if v is not None), reverse=place > ""):  # type first
+            ours = config.setdefault(key, value) if key == "rope_theta" else KNOWN.get(key, None if place else value)
+            if value != ours:
+                raise UserError(f"{path} says {place}{key} {brief(value)}: only Ouro's {ours!r} is known here")
+    if missing := [key for key in (*SHAPE, "rope_theta") if key not in config]:
         raise UserError(f"{path} lacks {', '.join(missing)}: restore the file")
-    shape = {}
-    for key, (ours, rule, holds) in CONFIG_KEYS.items():
-        value = config.get(key)
-        if key in config and not holds(value):
-            raise UserError(f"{path} says {key} {value!r}: it must be {rule}")
-        if key in config and not (value is None and key in HEADS):
-            shape[ours] = tuple(value) if isinstance(value, list) else value
+    more = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    for file, values in ((path, config), (generation, {} if more is None else {"eos_token_id": more})):
+        for key, (_, rule, holds) in CONFIG_KEYS.items():
+            if key in values and not holds(values[key], most := MOST.get(key, MAX_SIZE)):
+                raise UserError(f"{file} says {key} {brief(values[key])}: it must be {rule.format(most)}")
+    shape = {ours: config[key] for key, (ours, *_) in CONFIG_KEYS.items() if key in config}
+    shape |= {"bos_token_id": config.get("bos_token_id"), "eos_token_id": join_tokens(config.get("eos_token_id"), more)}
+    shape |= {"exit_threshold": min(1.0, shape.get("exit_threshold", 1.0))}
     try:
         return ModelConfig(**shape).resolved()
     except UserError as error:
@@ -197,29 +231,27 @@ def load_config(folder: Path) -> ModelConfig:
 
 def index_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Path]:
     """The file of each tensor in a folder. Raises UserError for a damaged file, or another shape or type than ours."""
-    index, place = folder / INDEX, {}
-    files: dict[str, set[str] | None] = {"model.safetensors": None}  # what each holds, if an index says it
+    index, where, place = folder / INDEX, {}, {}
     if not (folder / "model.safetensors").is_file() and index.is_file():
         where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+        if not where or not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise UserError(f"{index} has no weight_map of names to files: restore the file")
-        files = {file: {key for key in where if where[key] == file} for file in sorted({*where.values()})}
     elif not (folder / "model.safetensors").is_file():
         if pickles := sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind)):
             problem = f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is loaded"
             way_out = "only safetensors are read; convert it in a sandbox, by safetensors.torch.save_file"
             raise UserError(f"{problem}: {way_out}")
         raise UserError(f"{folder} has no model.safetensors: only safetensors checkpoints are read")
-    for file, keys in files.items():
+    for file in sorted({*where.values()}) or ["model.safetensors"]:
         path = folder / file
-        if Path(file).name != file or not path.is_file():
+        if Path(file).name != file or not os.path.isfile(path):
             raise UserError(f"{index} names {file}, which is not in the folder: restore it")
         with open_safetensors(path) as weights:
             stored = {*weights.keys()}
-            if keys and keys != stored:
-                wrong = shorten(", ".join(sorted(keys ^ stored)), 200)
-                raise UserError(f"{index} and {path} disagree on {wrong}: restore both from a copy")
-            for key in sorted(stored):
+            if where and (wrong := stored ^ {key for key in where if where[key] == file}):
+                names = shorten(", ".join(sorted(wrong)), 200)
+                raise UserError(f"{index} and {path} disagree on {names}: restore both from a copy")
+            for key in sorted(key for key in stored if not key.endswith("rotary_emb.inv_freq")):  # computed here
                 place[key], part = path, weights.get_slice(key)
                 shape, kind = tuple(part.get_shape()), part.get_dtype()
                 if shape != shapes.get(key, shape):
@@ -229,15 +261,16 @@ def index_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
     return place
 
 
-def load(folder: Path, device="cpu", dtype: torch.dtype | None = torch.float32) -> LoopedTransformer:
+def load(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.float32) -> LoopedTransformer:
     """The model in a checkpoint folder, in `dtype` (None: as stored). Raises UserError for a missing, damaged or
     foreign one. Tensors are read one at a time from the mapped file, so little more is held than the model."""
-    with torch.device("meta"):
-        model = LoopedTransformer(load_config(folder))
+    folder, config = Path(folder), load_config(folder)
+    with torch.device("meta"):  # of no more layers than the files can hold
+        model = LoopedTransformer(replace(config, layers=min(config.layers, 1 + len(index_tensors(folder, {})))))
     shapes = {ouro_name(name): tuple(p.shape) for name, p in model.named_parameters()}
     place = index_tensors(folder, shapes)
     copies = ("lm_head.weight", "model.embed_tokens.weight")
-    if model.config.tied and place.keys() >= {*copies}:  # some writers keep both
+    if config.tied and place.keys() >= {*copies}:  # some writers keep both
         if not torch.equal(*(read_tensor(place[key], key) for key in copies)):
             raise UserError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs: set it to false")
         del place["lm_head.weight"]
@@ -245,10 +278,10 @@ def load(folder: Path, device="cpu", dtype: torch.dtype | None = torch.float32) 
         wrong = (sorted(shapes.keys() - place.keys()), sorted(place.keys() - shapes.keys()))
         missing, extra = (shorten(", ".join(names) or "none", 200) for names in wrong)
         raise UserError(f"{folder} does not match its config.json: missing {missing}, extra {extra}")
-    dtype = dtype or reduce(torch.promote_types, (read_tensor(place[key], key).dtype for key in shapes))
-    weights = {key.removeprefix("model."): read_tensor(place[key], key).to(device, dtype, copy=True) for key in shapes}
+    dtype = dtype or reduce(torch.promote_types, (read_tensor(place[key], key).dtype for key in place))
+    weights = {key.removeprefix("model."): read_tensor(place[key], key).to(device, dtype, copy=True) for key in place}
     model.load_state_dict(weights, strict=False, assign=True)  # a tied head has no entry of its own
-    if model.config.tied:
+    if config.tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model.requires_grad_()
 
@@ -279,7 +312,7 @@ def export(source: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], 
         source: checkpoint folder to read.
         out: folder to write.
         dtype: precision of the weights in the file."""
-    if out.exists():  # said before a large model is read
+    if Path(out).exists():  # said before a large model is read
         raise UserError(f"{out} is there already: nothing saved is overwritten, give another folder")
     model = load(source, dtype=DTYPES[dtype])
     save(model, out, source=source)

@@ -1,9 +1,12 @@
-"""Configurations: ranges of numbers, written into a field's type (`steps: Positive = 500`), and their JSON form."""
+"""Configurations: they check themselves, by ranges in a field's type (`steps: Positive = 500`); their JSON form."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated, get_args, get_type_hints
 
 from support.runtime import UserError
 
@@ -15,7 +18,7 @@ class Range:
     above: bool = False  # whether `low` itself is outside
 
     def holds(self, x: float) -> bool:
-        return math.isfinite(x) and (self.low < x if self.above else self.low <= x) and x <= self.high
+        return (self.low < x if self.above else self.low <= x) and x <= self.high and x < 1e300
 
     def __str__(self) -> str:
         if self.above:
@@ -38,17 +41,55 @@ def flag(name: str, value: object) -> str:
     return f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
 
 
-def require_ranges(config: object, group: str = "") -> None:
-    """Raise UserError for a field, of a configuration or of those inside it, whose number is outside its `Range`."""
-    hints = get_type_hints(type(config), include_extras=True)
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if is_dataclass(value):
-            require_ranges(value, f"{group}{f.name}.")
-        for limits in (m for m in getattr(hints[f.name], "__metadata__", ()) if isinstance(m, Range)):
-            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-            if not all(map(limits.holds, numbers)):
-                raise UserError(f"{flag(group + f.name, value)} is out of its range: give a number {limits}")
+class Checked:
+    """Base of a configuration, which is checked when it is made; its paths may be strings.    group: of its flags"""
+
+    at_once = True  # but those of a command line, which come one by one
+
+    def __init_subclass__(cls, group: str = "") -> None:
+        cls.group = group
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            if Path in type_parts(hint) and (value := getattr(self, name)) is not None:
+                paths = tuple(map(Path, value)) if isinstance(value, tuple) else Path(value)
+                object.__setattr__(self, name, paths)
+        if Checked.at_once:
+            self.check()
+
+    def check(self) -> None:
+        """Raise UserError for a field, here or in a configuration inside, that is outside its Range or Literal."""
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value, parts = getattr(self, name), type_parts(hint)
+            values = () if value is None and type(None) in parts else (value,)
+            values = value if Ellipsis in parts and isinstance(value, tuple | list | str) else values
+            number = Real if float in parts else Integral
+            names = [part for part in parts if isinstance(part, str)] or [True, False] * (bool in parts)
+            if isinstance(value, Checked):
+                value.check()
+            for limits in (part for part in parts if isinstance(part, Range)):
+                if not all(isinstance(x, number) and limits.holds(x) for x in values):
+                    what = (
+                        "number" if number is Real or all(isinstance(x, Integral) for x in values) else "whole number"
+                    )
+                    raise UserError(f"{flag(self.group + name, value)} is out of its range: give a {what} {limits}")
+            if names and not all(x in names for x in values):
+                raise UserError(f"{flag(self.group + name, value)} is unknown: give {', '.join(map(str, names))}")
+
+
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """For reading a command line, whose configuration is checked as a whole: by its `check`."""
+    Checked.at_once = False
+    try:
+        yield
+    finally:
+        Checked.at_once = True
+
+
+def type_parts(hint: object) -> list:
+    """What a field's type is made of: of a Literal its names, of an Annotated the type and its Range."""
+    return [part for inner in get_args(hint) for part in type_parts(inner)] or [hint]
 
 
 def config_from_json(kind: type, values: dict):
@@ -64,8 +105,6 @@ def config_from_json(kind: type, values: dict):
             value = config_from_json(hint, value)
         elif isinstance(value, list):
             value = tuple(value)
-        elif isinstance(value, str) and "Path" in str(hint):
-            value = Path(value)
         known[name] = value
     return kind(**known)
 

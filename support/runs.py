@@ -4,9 +4,11 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import shutil
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,8 +55,9 @@ def make_optimizer(net: torch.nn.Module, lr: float, weight_decay: float) -> torc
 
 
 def lr_factor(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to 0: the share of the peak learning rate at a step counted from 0."""
-    rise = max(1, round(warmup * steps))
+    """Linear warm-up, then a cosine to 0: the share of the peak learning rate at a step counted from 0.
+    Adam's first steps move every weight by the whole rate: at least 20 are small, so that a trained model stays one."""
+    rise = max(20, round(warmup * steps)) if warmup else 1
     return (step + 1) / rise if step < rise else 0.5 + 0.5 * math.cos(math.pi * (step + 1 - rise) / (steps + 1 - rise))
 
 
@@ -168,6 +171,15 @@ def restore(run: Run, state: Path, steps: int) -> None:
         console.print(f"{run.stage} goes on after step {run.step}, from {state}", soft_wrap=True)
 
 
+def read_log(path: Path) -> list[dict]:
+    """The numbers of each step."""
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # of a line that was being written when the run ended
+            steps.append(json.loads(line))
+    return steps
+
+
 @contextmanager
 def open_log(path: Path, run: Run, done: Sequence[Stage], total: int, logger: Callable) -> Iterator[Callable]:
     """A function that takes each step's numbers: a line of JSON in the log, and a progress bar, or twenty lines.
@@ -175,13 +187,8 @@ def open_log(path: Path, run: Run, done: Sequence[Stage], total: int, logger: Ca
     if not is_writer():
         yield lambda numbers: None
         return
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):  # of a line that was being written when the run ended
-            step = json.loads(line)
-            if step["stage"] in done or (step["stage"] == run.stage and step["step"] <= run.step):
-                lines.append(line + "\n")
-    checkpoint.write_atomic(path, "".join(lines))
+    kept = [x for x in read_log(path) if x["stage"] in done or (x["stage"] == run.stage and x["step"] <= run.step)]
+    checkpoint.write_atomic(path, "".join(json.dumps(numbers) + "\n" for numbers in kept))
     recent: deque[dict] = deque(maxlen=50)
     columns = ("{task.description:>8}", BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
     columns, many = (*columns, "{task.fields[status]}"), not console.is_terminal
@@ -211,19 +218,51 @@ def require_free(folder: Path, *, resume: bool) -> None:
         raise UserError(f"{problem}: nothing saved is overwritten, give another, or --resume")
 
 
+def require_undone(folder: Path, stage: Stage, steps: int) -> None:
+    """Raises UserError if a stage that is done has done fewer steps than it should: nothing saved is overwritten."""
+    done = max((x["step"] for x in read_log(folder / "log.jsonl") if x["stage"] == stage), default=steps)
+    if done < steps:
+        problem = f"--{stage}.steps {steps} is more than the {done} that {folder / FOLDER[stage]} was trained for"
+        raise UserError(f"{problem}: leave the flag out, or start another run with --init {folder / FOLDER[stage]}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run's folder; one that ends, however it does, lets them in. Raises UserError if one
+    is there. On Windows, and on a disk without locks, nobody is kept out."""
+    if not is_writer():
+        yield
+        return
+    make_folder(folder)
+    with open(folder / ".lock", "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"--out {folder} is in use by another run: wait for its end, or give another") from error
+        except (ImportError, OSError):
+            pass
+        yield
+
+
 def open_run(folder: Path, config, student: LoopedTransformer, world: int, chosen: Sequence[str]) -> dict:
     """Make the folder of a run, and write and print what is known of it. Returns what run.json holds.
     chosen  flags whose values were not given"""
     parameters, device = sum(p.numel() for p in student.parameters()), student.embed_tokens.weight.device
-    record = {"config": asdict(config), "chosen": chosen, "parameters": parameters, "starts": []}
+    record = {"id": uuid.uuid4().hex[:8], "config": asdict(config), "chosen": chosen, "parameters": parameters}
     if not is_writer():
         return record
-    make_folder(folder)
+    files = {name: getattr(config.data, name) or "" for name in ("path", "val", "tokenizer")}
+    record |= {"sha256": {name: checksum(x) for name, x in files.items() if os.path.isfile(x)}, "starts": []}
     for stage, name in FOLDER.items():  # what saves that were cut off left
         for leftover in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f"state/.{stage}-*.tmp")):
             shutil.rmtree(leftover)
     if config.resume and (folder / "run.json").exists():  # the flags stay those of the first start
-        record |= checkpoint.read_json(folder / "run.json")
+        now, record = record["sha256"], record | checkpoint.read_json(folder / "run.json")
+        for name in [name for name in now if now[name] != record["sha256"].get(name, now[name])]:
+            problem = f"--data.{name} {files[name]} has changed since the run began"
+            raise UserError(f"{problem}: restore the file, or begin another run")
     timestamp, changed = time.strftime("%Y-%m-%dT%H:%M:%S%z"), git("status", "--porcelain", "--untracked-files=no")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "tyro")}
     start = {"time": timestamp, "processes": world, "dirty": None if changed is None else bool(changed)}

@@ -1,9 +1,10 @@
 """Machinery that a reader may skip: errors, tables, devices, loggers, provenance."""
 
 import atexit
+import itertools
 import os
 import random
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -22,7 +23,12 @@ console = Console(markup=False, emoji=False)  # a path or a prompt may hold brac
 
 
 class UserError(ValueError):
-    """A user's mistake: one sentence with what was given, the rule and the way out; printed without a traceback."""
+    """A user's mistake: one sentence with what was given, the rule and the way out; printed without a traceback. It
+    speaks of flags, as a command prints it; elsewhere, as a string, of arguments: data.length for --data.length."""
+
+    def __str__(self) -> str:
+        flags, said = r"(?<!\S)--([a-z]+\.[\w-]+)|^--([\w-]+)", super().__str__()
+        return re.sub(flags, lambda m: (m[1] or m[2]).replace("-", "_"), said)
 
 
 def run_cli(main: Callable[[], None], *, distributed: bool = False) -> None:
@@ -32,7 +38,7 @@ def run_cli(main: Callable[[], None], *, distributed: bool = False) -> None:
     try:
         main()
     except UserError as error:
-        problem = f"{who}: {error}"
+        problem = f"{who}: {error.args[0]}"
     except RuntimeError as error:
         if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise
@@ -142,9 +148,12 @@ def speed(start: float, tokens: float, flops: float, world: int, device: torch.d
     """What a step that began at `start` (time.perf_counter) reached, on so many devices, and the memory it needed."""
     seconds, peak = time.perf_counter() - start, vendor_flops(device)
     mfu = flops / seconds / world / peak if peak else None
-    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
-    return {"tokens_per_s": tokens / seconds, "mfu": mfu, "memory_gib": memory / 2**30}
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    with suppress(ImportError):  # of a module that Windows lacks
+        from resource import RUSAGE_SELF, getrusage
+
+        memory = memory or getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"tokens_per_s": tokens / seconds, "mfu": mfu, "memory_gib": memory and memory / 2**30}
 
 
 def step_flops(stage: str, c, cfg, batch) -> float:
@@ -162,26 +171,33 @@ def step_flops(stage: str, c, cfg, batch) -> float:
     return 4 * c.loops * (loop + cfg.rho * tokens * head) + tokens * head + rollouts  # 1 is the teacher's, 3 ours
 
 
-def open_logger(name: Literal["none", "tensorboard", "wandb"], folder: Path, config: dict) -> Callable[[dict], None]:
-    """Where a step's numbers go besides log.jsonl. Raises UserError if the package for it isn't installed."""
+def open_logger(name: str, folder: Path, config: dict, run_id: str) -> Callable[[dict], None]:
+    """Where a step's numbers go besides log.jsonl, and the comparison's; on one axis, the steps of all stages. A run
+    that is resumed goes on there, from the same step. Raises UserError if the package for it isn't installed."""
+    starts, writer = itertools.accumulate((config[stage]["steps"] for stage in config["objective"]), initial=0), None
+    starts = dict(zip((*config["objective"], "comparison"), starts, strict=True))
     try:
         if name == "wandb":
             import wandb
 
-            wandb.init(project="looprpt", dir=str(folder), name=folder.name, config=config, resume="allow")
+            how = {"name": folder.name, "id": run_id, "resume": "allow", "dir": str(folder)}
+            wandb.init(project="looprpt", config=config, **how)
         elif name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder / "tensorboard"))
     except ImportError as error:
         raise UserError(f"--logger {name} needs a package ({error}): pip install {name}") from error
 
     def write(numbers: dict) -> None:
-        named = {f"{numbers['stage']}/{key}": x for key, x in numbers.items() if key != "stage" and x is not None}
+        nonlocal writer
+        stage, step = numbers["stage"], starts[numbers["stage"]] + numbers["step"]
+        named = {f"{stage}/{key}": x for key, x in numbers.items() if key != "step" and isinstance(x, int | float)}
         if name == "wandb":
-            wandb.log(named)
-        for key in [key for key in named if not key.endswith("/step")] if name == "tensorboard" else ():
-            writer.add_scalar(key, named[key], numbers["step"])
+            wandb.log(named, step=step)
+        elif name == "tensorboard":
+            writer = writer or SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # hides what is done again
+            for key, x in named.items():
+                writer.add_scalar(key, x, step)
+            writer.flush()
 
     return write
 

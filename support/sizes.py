@@ -18,7 +18,7 @@ from support.runtime import UserError, matmul_dtype
 
 GIB = 2**30
 MARGIN = 1.05  # what was measured is at most 4 % above the sum
-BUILT_IN_STEPS, EPOCHS = {"pretrain": 2500, "gate": 400, "rpt": 200}, 3
+BUILT_IN_STEPS, EPOCHS = {"pretrain": 2500, "gate": 400, "rpt": 300}, 3
 LARGE = 100e6  # parameters from which a GPU takes one row at a time, and computes activations again
 ACTIVATIONS = 4 * GIB  # else a forward pass has as many rows as keep no more than this
 
@@ -75,12 +75,6 @@ def row_length(config, rows) -> int:
     return max(len(row.ids) for row in rows) - 1 if rows else 2 * config.data.operands - 1
 
 
-def needed(config, shape: ModelConfig, device: torch.device, stage: Stage, **how) -> dict[str, float]:
-    """Bytes on each device.    how: rows, length, recompute, shards"""
-    bf16 = matmul_dtype(device, config.precision) == "bf16"
-    return step_memory(stage, shape, getattr(config, stage), bf16=bf16, **how)
-
-
 def fill_in(config, shape: ModelConfig, rows, device: torch.device):
     """The configuration with a value for every flag that was left to the sizes."""
     world = processes.rank_and_world()[1]
@@ -96,7 +90,8 @@ def fill_in(config, shape: ModelConfig, rows, device: torch.device):
         stages[stage] = replace(cfg, steps=steps, lr=lr)
     if not micro_batch:
         how = {"rows": 1, "length": row_length(config, rows), "recompute": recompute == "on"}
-        row = max(needed(config, shape, device, stage, **how)["layers"] for stage in stages)
+        how["bf16"] = matmul_dtype(device, config.precision) == "bf16"
+        row = max(step_memory(stage, shape, cfg, **how)["layers"] for stage, cfg in stages.items())
         most = 1 if is_large else max(1, int(ACTIVATIONS / row))
         micro_batch = most if most < math.ceil(batch / world) else 0
     train = replace(config.train, batch=batch, micro_batch=micro_batch, recompute=recompute)
@@ -141,6 +136,7 @@ def require_memory(config, shape: ModelConfig, rows, device: torch.device, done:
     (_, world), n, length = processes.rank_and_world(), count_parameters(shape), row_length(config, rows)
     at_once = min(config.train.micro_batch or math.inf, math.ceil(config.train.batch / world))
     now = {"rows": at_once, "length": length, "recompute": config.train.recompute == "on"}
+    now["bf16"] = matmul_dtype(device, config.precision) == "bf16"
     now["shards"] = processes.count_shards(config.dist, n, device)
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a machine's memory is shared
     free, small = free_memory(device) / sharing / GIB, {"rows": 1, "recompute": True}
@@ -152,7 +148,7 @@ def require_memory(config, shape: ModelConfig, rows, device: torch.device, done:
     ways += [(small | {"shards": n}, f"{n} GPUs, torchrun --nproc-per-node {n} and --dist fsdp {flags}") for n in more]
 
     def gib(stage: Stage, **change) -> float:
-        return MARGIN * sum(needed(config, shape, device, stage, **now | change).values()) / GIB
+        return MARGIN * sum(step_memory(stage, shape, getattr(config, stage), **now | change).values()) / GIB
 
     for stage in config.objective:
         if stage in done or gib(stage) <= free:

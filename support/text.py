@@ -4,20 +4,26 @@ python -m support.text tokenizer --path train.jsonl --vocab 4096 --out tokenizer
 """
 
 import json
+import math
+import os
 from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
+from textwrap import shorten
 
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from support.checkpoint import load_config
+from support.checkpoint import EOS, IM_END, IM_START, load_config, load_tokenizer
 from support.runtime import UserError, require_new, run_cli
 
-EOS, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # ids 0, 1, 2 in what is made here, as in Ouro
-SPECIAL = [EOS, IM_START, IM_END]
+SPECIAL = [EOS, IM_START, IM_END]  # ids 0, 1, 2 in what is made here, as in Ouro
+MAX_LENGTH = 4096  # tokens in a row where no length is given
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+CONTROL = {*EOS_NAMES, IM_START, IM_END, "<s>", "<pad>"}  # what no text yields, whatever it spells
 KEY_PAIRS = (("problem", "solution"), ("question", "answer"), ("prompt", "response"))
-Document = tuple[str | None, str]  # prompt and response; the prompt of plain text is None
+Chat = list[tuple[str, str]]  # role and content of each turn
+Document = tuple[str | None, str] | Chat  # prompt and response; the prompt of plain text is None
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -32,37 +38,19 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """'bytes', or the path of a tokenizer.json. Raises UserError if there is none."""
-    if name == "bytes":
-        return byte_tokenizer()
-    if not Path(name).is_file():
-        raise UserError(f"--data.tokenizer {name} is not a file: give a tokenizer.json, or 'bytes'")
-    try:
-        return Tokenizer.from_file(name)
-    except Exception as error:  # the library raises nothing narrower
-        raise UserError(f"{name} is not a tokenizer ({error}): give a tokenizer.json, or 'bytes'") from error
-
-
-def pick_tokenizer(name: str, checkpoint: Path | None, built_in: Tokenizer) -> Tokenizer:
+def pick_tokenizer(name: str | Path, checkpoint: str | Path | None, built_in: Tokenizer) -> Tokenizer:
     """The one asked for by name or path, else ('auto') the checkpoint's own, else the built-in one. Raises UserError
     for a checkpoint without tokenizer.json, or whose vocabulary is smaller than the tokenizer's."""
     if name == "auto" and checkpoint:
-        name = str(checkpoint / "tokenizer.json")
-        if not Path(name).is_file():
-            raise UserError(f"{checkpoint} has no tokenizer.json: give one with --data.tokenizer")
-    tokenizer = built_in if name == "auto" else load_tokenizer(name)
-    if checkpoint:
-        check_vocabulary(tokenizer, checkpoint)
-    return tokenizer
-
-
-def check_vocabulary(tokenizer: Tokenizer, checkpoint: Path) -> None:
-    """Raises UserError if the tokenizer has tokens that the model doesn't know."""
-    known, needed = load_config(checkpoint).vocab_size, vocab_size(tokenizer)
+        name = Path(checkpoint) / "tokenizer.json"
+        if not name.is_file():
+            raise UserError(f"{checkpoint} has no tokenizer.json: put the one that it was trained with there")
+    tokenizer = built_in if name == "auto" else byte_tokenizer() if name == "bytes" else load_tokenizer(name)
+    known, needed = load_config(checkpoint).vocab_size if checkpoint else math.inf, vocab_size(tokenizer)
     if known < needed:
         problem = f"{checkpoint} has a vocabulary of {known}, the tokenizer one of {needed}"
         raise UserError(f"{problem}: give the tokenizer that the checkpoint was trained with")
+    return tokenizer
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
@@ -74,21 +62,49 @@ def eos_id(tokenizer: Tokenizer) -> int | None:
     return next((i for i in map(tokenizer.token_to_id, EOS_NAMES) if i is not None), None)
 
 
-def tokenize(tokenizer: Tokenizer, texts: list[str], *, special: bool = False) -> list[list[int]]:
-    """Tokens of each text. special: whether a text that spells a special token yields it."""
+def tokenize(tokenizer: Tokenizer, texts: list[str], *, added: bool = False, special: bool = False) -> list[list[int]]:
+    """Tokens of each text. Raises UserError if the tokenizer can't spell a token that ends texts or turns.
+    added    whether a text that spells an added token, like <think>, yields it, unless it is one of CONTROL
+    special  whether it yields any"""
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    spelled = {t.content for t in tokens if not added or t.content in CONTROL}
+    if not special and {t.content for t in tokens if t.special} != spelled:  # the library spells out the special ones
+        tokenizer = make_special(tokenizer, frozenset(spelled), len(tokens))
     tokenizer.encode_special_tokens = not special
-    return [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    found = [e.ids for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    ends = {eos_id(tokenizer), *map(tokenizer.token_to_id, (IM_START, IM_END))}
+    if not special and ends & {i for ids in found for i in ids}:
+        raise UserError("a text spells an end of text or turn, and the tokenizer takes it for one: give another")
+    return found
 
 
-def chat_prompts(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
-    """ChatML up to where the assistant's answer starts. Raises UserError if the tokenizer lacks its tokens."""
+@lru_cache(maxsize=4)
+def make_special(tokenizer: Tokenizer, names: frozenset[str], added: int) -> Tokenizer:
+    """A copy in which just these added tokens are special.    added: their number, as a tokenizer may get more"""
+    form = json.loads(tokenizer.to_str())
+    form["added_tokens"] = [t | {"special": t["content"] in names} for t in form["added_tokens"]]
+    return Tokenizer.from_str(json.dumps(form))
+
+
+def encode_chats(tokenizer: Tokenizer, chats: list[Chat]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """ChatML of each chat up to the end of its last answer, and from where to where each answer stands, with its end of
+    turn. Raises UserError if the tokenizer lacks the tokens."""
     start, end = map(tokenizer.token_to_id, (IM_START, IM_END))
     if start is None or end is None:
         problem = f"ChatML needs a tokenizer with {IM_START} and {IM_END}"
-        raise UserError(f"{problem}: give another, or leave the chat flag out")
-    newline, assistant = tokenize(tokenizer, ["\n", "assistant\n"])
-    users = tokenize(tokenizer, [f"user\n{prompt}" for prompt in prompts])
-    return [[start, *user, end, *newline, start, *assistant] for user in users]
+        raise UserError(f"{problem}: give another, or leave chats and the chat flag out")
+    turns, encoded = [turn for chat in chats for turn in chat], []
+    heads = tokenize(tokenizer, [f"{role}\n{content if role != 'assistant' else ''}" for role, content in turns])
+    answers = tokenize(tokenizer, [content if role == "assistant" else "" for role, content in turns], added=True)
+    (newline,), parts = tokenize(tokenizer, ["\n"]), zip(heads, answers, strict=True)
+    for chat in chats:
+        ids, places = [], []
+        for (role, _), (head, answer) in zip(chat, parts, strict=False):
+            ids += [start, *head, *answer, end]
+            places += [(len(ids) - len(answer) - 1, len(ids))] if role == "assistant" else []
+            ids += newline
+        encoded.append((ids[: places[-1][1]] if places else [], places))
+    return encoded
 
 
 def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.json")) -> None:
@@ -100,83 +116,102 @@ def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.j
         out: where to write tokenizer.json."""
     if vocab < 259:
         raise UserError(f"--vocab {vocab} is too small: 3 special tokens and 256 bytes need 259")
-    documents = read_documents(path)
+    documents, out = read_documents(path), Path(out)
     require_new(out)
     tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
     splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     tokenizer.decoder = decoders.ByteLevel()
     bpe = trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator((text for pair in documents for text in pair if text), bpe)
+    texts = ([content for _, content in d] if isinstance(d, list) else d for d in documents)
+    tokenizer.train_from_iterator((text for each in texts for text in each if text), bpe)
     tokenizer.save(str(out))
     print(f"{out}: {vocab_size(tokenizer)} tokens, learned from {path}")
 
 
-def read_records(path: Path) -> Iterator[tuple[str, dict]]:
-    """Each record of a .jsonl, .json or .parquet file, with the words that say where it stands."""
+def read_records(path: Path) -> Iterator[tuple[str, object]]:
+    """Each record of a file, with the words that say where it stands; a .txt file is one, under the key 'text'."""
     if path.suffix == ".parquet":
+        i = 0
         try:
-            import pyarrow.parquet
+            from pyarrow import ArrowException, parquet
 
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            table = parquet.ParquetFile(path).read()
+            for i, row in enumerate(zip(*table.columns, strict=True), 1):
+                yield f"{path} row {i}", {name: x.as_py() for name, x in zip(table.column_names, row, strict=True)}
         except ImportError as error:
             raise UserError(f"{path} needs pyarrow to be read: pip install pyarrow, or give a .jsonl file") from error
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a parquet file ({error}): give another") from error
-        yield from ((f"{path} row {i}", row) for i, row in enumerate(rows, 1))
-    elif path.suffix == ".jsonl":
-        lines = enumerate(read_text(path).split("\n"), 1)
-        yield from ((f"{path} line {i}", parse_json(line, path, i)) for i, line in lines if line.strip())
-    else:
-        rows = parse_json(read_text(path), path)
-        if not isinstance(rows, list):
-            raise UserError(f"{path} holds one {type(rows).__name__}: a .json file must be a list of records")
-        yield from ((f"{path} record {i}", row) for i, row in enumerate(rows, 1))
-
-
-def parse_json(text: str, path: Path, first_line: int = 1):
+        except (ArrowException, OSError, ValueError, OverflowError) as error:  # text that is not UTF-8, an odd date
+            what = f"row {i} can't be read" if i else "is not a parquet file"
+            raise UserError(f"{path} {what} ({shorten(str(error), 200)}): mend it, or give another") from error
+        return
+    i, parse = 1, partial(json.loads, parse_int=float)  # Python's integers end at 4,300 digits
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(f"{path} line {line} is not JSON ({error.msg}): mend the line, or give another file") from error
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes().decode("utf-8-sig")
+        first = content.strip().partition("\n")[0].rstrip()
+        if path.suffix == ".txt":
+            yield from [(str(path), {"text": content})] if first else []
+        elif path.suffix == ".jsonl" or (first.startswith("{") and first.endswith("}")):  # many write lines under .json
+            for i, line in enumerate(content.split("\n"), 1):
+                if line.strip():
+                    yield f"{path} line {i}", parse(line)
+        elif isinstance(rows := parse(content), list):
+            yield from ((f"{path} record {n}", row) for n, row in enumerate(rows, 1))
+        else:
+            raise UserError(f"{path} holds one {type(rows).__name__}: give a list of records, or a record on each line")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{path} line {line} is not UTF-8 ({error.reason}): convert the file to UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}): give another file") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        line, why = i + getattr(error, "lineno", 1) - 1, getattr(error, "msg", "nested too deeply")
+        raise UserError(f"{path} line {line} is not JSON ({why}): mend the line, or give another file") from error
 
 
-def read_documents(path: Path, prompt_key: str | None = None, response_key: str | None = None) -> list[Document]:
+def get(record: dict, key: str, place: str, kind: type = str):
+    """The text, or the list, under a key. Raises UserError if there is none, or a text that can't be trained on."""
+    value, what = record.get(key), "text" if kind is str else "list of turns"
+    problem = f"no {what} under" if key in record else "no key"
+    if isinstance(value, kind) and (kind is list or value.strip()):
+        if kind is list or value == value.encode(errors="replace").decode():
+            return value
+        problem = "half a character (a lone surrogate) under"
+    keys = shorten(", ".join(record), 200)
+    raise UserError(f"{place} has {problem} {key!r}: each needs a {what} there; its keys are {keys}")
+
+
+def read_documents(path: str | Path, prompt_key: str | None = None, response_key: str | None = None) -> list[Document]:
     """All documents of a file. Raises UserError for a file that is missing, empty, not UTF-8, not JSON, of an unknown
-    kind, or lacks the keys."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file: give a .jsonl, .json, .parquet or .txt file")
-    if path.suffix not in (".jsonl", ".json", ".parquet", ".txt"):
-        raise UserError(f"{path} is of an unknown kind {path.suffix!r}: give a .jsonl, .json, .parquet or .txt file")
-    plain = read_text(path) if path.suffix == ".txt" else ""
-    pairs = [(None, plain)] if plain.strip() else []
-    for place, record in read_records(path) if path.suffix != ".txt" else ():
+    kind, or has a record that lacks the keys, or a text there."""
+    path, documents = Path(path), []
+    if not os.path.isfile(path) or path.suffix not in (".jsonl", ".json", ".parquet", ".txt"):
+        what = f"is of an unknown kind {path.suffix!r}" if os.path.isfile(path) else "is not a file"
+        raise UserError(f"{path} {what}: give a .jsonl, .json, .parquet or .txt file")
+    if path.suffix == ".txt":
+        prompt_key, response_key = None, "text"
+    for place, record in read_records(path):
         if not isinstance(record, dict):
             raise UserError(f"{place} is a {type(record).__name__}: each must be an object with the prompt's keys")
-        keys = ", ".join(record)
+        if not documents:  # the first record says where all have their texts
+            if response_key is None:
+                known = (*KEY_PAIRS, (None, "messages"), (None, "text"), (None, None))
+                prompt_key, response_key = next(pair for pair in known if record.keys() >= {*pair} - {None})
+            value = record.get(response_key)
+            is_chat = response_key == "messages" or (isinstance(value, list) and dict in map(type, value))
         if response_key is None:
-            known = (pair for pair in KEY_PAIRS if record.keys() >= {*pair})
-            prompt_key, response_key = next(known, (None, "text" if "text" in record else None))
-        if response_key is None:
-            problem = f"{place} has the keys {keys}, none of them known"
+            problem = f"{place} has the keys {shorten(', '.join(record), 200)}, none of them known"
             raise UserError(f"{problem}: give --data.prompt-key and --data.response-key")
-        for key in (prompt_key, response_key):
-            if key is not None and not isinstance(record.get(key), str):
-                what = f"a {type(record[key]).__name__} under" if key in record else "no key"
-                raise UserError(f"{place} has {what} {key!r}: each record needs a text there; its keys are {keys}")
-        pairs.append((record[prompt_key] if prompt_key else None, record[response_key]))
-    if not pairs:
+        if is_chat and not prompt_key:
+            turns = enumerate(get(record, response_key, place, list), 1)
+            turns = [(turn if isinstance(turn, dict) else {}, f"{place} turn {i}") for i, turn in turns]
+            documents.append([(get(turn, "role", i), get(turn, "content", i)) for turn, i in turns])
+        else:
+            prompt = get(record, prompt_key, place) if prompt_key else None
+            documents.append((prompt, get(record, response_key, place)))
+    if not documents:
         raise UserError(f"{path} is empty: give a file with at least one document")
-    return pairs
+    return documents
 
 
 if __name__ == "__main__":

@@ -87,9 +87,6 @@ def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
         ("decode none", "none is not a checkpoint folder"),
         ("decode --device tpu", "--device tpu is not a device"),
         ("decode --out other.json", "--out other.json is there already"),
-        ("cache none", "no --data.path was given"),
-        ("cache none --rows 0 --data.path x", "--rows 0 is out of its range"),
-        ("cache none --data.length 1 --data.path x", "--data.length 1 is out of its range"),
         ("plan --gpus 0", "--gpus 0 is out of its range: give a number from 1 to 1024"),
         ("plan --gpus", "--gpus came without a number"),
         ("plan --mfu 0", "--mfu 0.0 is out of its range: give a number above 0, at most 1"),
@@ -97,9 +94,7 @@ def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
         ("rpt --rows -1", "--rows -1 is out of its range"),
         ("rpt --length 1", "--length 1 is out of its range: give a number 2 or more"),
         ("rpt --rounds 0", "--rounds 0 is out of its range"),
-        ("rpt --out other.json", "other.json holds no results of these benchmarks"),
-        ("rpt --out half.json", "half.json holds no results of these benchmarks"),
-        ("rpt --out .", "holds no results of these benchmarks"),
+        ("rpt --out other.json", "--out other.json is there already"),
         ("rpt --out other.json/new.json", "other.json can't be a folder"),
     ],
 )
@@ -107,7 +102,6 @@ def test_mistakes_are_refused_in_a_sentence(args, message, tmp_path, monkeypatch
     monkeypatch.setitem(bench.SHAPES, "medium", SHAPE)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other.json").write_text("{}")
-    (tmp_path / "half.json").write_text('{"runs": [{"forms": [{}]}]}')
     assert message in refused(monkeypatch, bench, *args.split())
     assert (tmp_path / "other.json").read_text() == "{}"
 
@@ -122,7 +116,7 @@ def test_the_plan_shows_the_memory_of_a_step(monkeypatch, capsys):
         parts = sizes.step_memory("rpt", bench.SHAPES["ouro-1.4b"], cfg, **how, recompute=True, shards=shards)
         assert cells[gpus] == [f"{x / 2**30:.1f}" for x in (*parts.values(), sum(parts.values()))]
     assert "768 KiB a token, 192 with" in " ".join(shown.split())
-    call(monkeypatch, bench, "plan", *few[:2], "--dist", "ddp", "--gpus", 8, "--recipe", "dense")
+    call(monkeypatch, bench, "plan", *few[:2], "--per-machine", 1, "--gpus", 8, "--recipe", "dense")
     ddp = next(line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("8 "))
     assert ddp[1:3] == ["5.3", "5.3"], "copies don't shrink"
     assert float(ddp[6]) < float(cells["8"][5]), "without rollouts"
@@ -143,22 +137,8 @@ def test_given_text_leaves_what_generated_text_leaves(rule, threshold):
     forced, _ = bench.decoded(net, prompts, given=texts, max_tokens=9, batch=2, **how)
     assert len(forced) == 24
     assert all(token.id == token.likeliest for token in forced)
-    by_row = lambda tokens: [[t for t in tokens if t.row == row] for row in range(3)]  # noqa: E731
-    assert by_row(forced) == by_row(tokens)
-
-
-def test_cache_compares_the_three_rules(tmp_path, monkeypatch, capsys):
-    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a", text.byte_tokenizer())
-    lines = [json.dumps({"question": f"{i} + {i}?", "answer": str(2 * i)}) + "\n" for i in range(40)]
-    (tmp_path / "val.jsonl").write_text("".join(lines))
-    args = [tmp_path / "a", "--data.path", tmp_path / "val.jsonl", "--rows", 5, "--thresholds", 0.5, 1]
-    call(monkeypatch, bench, "cache", *args, "--out", tmp_path / "cache.json")
-    rows = json.loads((tmp_path / "cache.json").read_text())["rows"]
-    assert [(r["cache"], r["threshold"]) for r in rows] == [(c, t) for c in ("full", "copy", "last") for t in (0.5, 1)]
-    exact, copied = (next(r for r in rows if r["cache"] == c and r["threshold"] == 1) for c in ("full", "copy"))
-    assert exact["accuracy"] == copied["accuracy"]
-    assert exact["loops"] == 4
-    assert "accuracy in % at average loops" in " ".join(capsys.readouterr().out.split())
+    pairs = [*zip(*(sorted(found, key=lambda t: t.row) for found in (forced, tokens)), strict=True)]  # stable
+    assert all((a.row, a.id, a.loops, a.likeliest) == (b.row, b.id, b.loops, b.likeliest) for a, b in pairs)
 
 
 # Training steps
@@ -191,21 +171,22 @@ def test_the_naive_step_is_the_same_step(rollouts, monkeypatch):
         assert_close(naive, ours, rtol=1e-9, atol=1e-11)
 
 
-def test_speeds_are_gathered_in_one_file(tmp_path, monkeypatch, capfd):
+def test_speeds_are_written_to_a_file(tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
-    out, few = tmp_path / "new" / "bench.json", ["--no-compile", "--rows", "2", "--length", "8", "--rounds", "1"]
-    for precision in ("fp32", "bf16"):
-        call(monkeypatch, bench, "rpt", *few, "--precision", precision, "--out", out)
+    few = ["--no-compile", "--rows", "2", "--length", "8", "--rounds", "1", "--precision", "bf16"]
+    call(monkeypatch, bench, "rpt", *few, "--out", tmp_path / "new" / "bench.json")
     shown = capfd.readouterr()
     assert shown.err == "", "the profiler's own words stay away"
-    runs = json.loads(out.read_text())["runs"]
-    assert [r["precision"] for r in runs] == ["fp32", "bf16"]
+    runs = json.loads((tmp_path / "new" / "bench.json").read_text())["runs"]
+    assert [r["precision"] for r in runs] == ["bf16"]
     for run in runs:
         assert run["bench"] == "rpt"
         assert run.keys() > {"argv", "commit", "torch", "device", "shape", "rows", "length", "threads", "peak_tflops"}
         first = run["forms"][0]
         assert (first["form"], first["speedup"], first["memory"]) == ("naive", 1, 1)
-        assert all(r["tokens_per_s"] > 0 and r["peak_gib"] > 0 and r["mfu"] > 0 for r in run["forms"])
+        assert all(r["tokens_per_s"] > 0 and r["peak_gib"] > 0 for r in run["forms"])
+        assert all(r["mfu"] is None for r in run["forms"]), "of a GPU only"
+        assert "–" in shown.out
         assert [r["form"] for r in run["forms"]] == ["naive", "paper", "exact", "dense"]
 
 
@@ -232,7 +213,7 @@ def test_speeds_say_what_the_clock_and_the_memory_say(monkeypatch, capsys):
     monkeypatch.setattr(bench, "naive_step", naive_step)
     monkeypatch.setattr(looprpt, "rpt_step", rpt_step)
     monkeypatch.setattr(bench, "peak_bytes", peak_bytes)
-    monkeypatch.setattr(bench, "measured_peak", lambda *_: 16e12)
+    monkeypatch.setattr(bench.runtime, "vendor_flops", lambda *_: 16e12)
     monkeypatch.setattr(bench.runtime, "step_flops", lambda *_: 16e12)
     bench.compare_forms(bench.SpeedConfig(rows=4, length=16, compile=False))
     cells = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -248,16 +229,3 @@ def test_peak_memory_counts_what_lives_at_once():
         del kept
 
     assert bench.peak_bytes(step, 1000, torch.device("cpu")) - 1000 == pytest.approx(3 * 2**22, rel=0.01)
-
-
-def test_the_measured_peak_stops_growing_where_a_product_is_slow(monkeypatch):
-    """On a device of 2**31 operations a second, a product of 256 takes a 64th of a second, one of 512 an eighth."""
-    sizes = []
-
-    def repeat(statement, globals, number, repeat):
-        sizes.append(len(globals["a"]))
-        return [2 * sizes[-1] ** 3 / 2**31, 9.0]
-
-    monkeypatch.setattr(bench.timeit, "repeat", repeat)
-    assert bench.measured_peak(torch.device("cpu"), "bf16") == 2**31
-    assert sizes == [256, 512]

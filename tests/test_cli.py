@@ -85,15 +85,20 @@ def test_the_log_has_a_line_for_every_step(run):
         (stage, step + 1) for stage, n in (("pretrain", 500), ("rpt", 150)) for step in range(n)
     ]
     terms = {"loss", "pg", "rep", "ent", "kl", "distill", "reward"}
-    every = {"stage", "step", "loss", "loops", "entropy", "saturation", "grad_norm", "skipped", "tokens_per_s", "mfu"}
-    assert lines[-1].keys() == terms | every | {"memory_gib"}
-    assert lines[0].keys() == every | {"last_ce", "memory_gib"}
+    every = {"stage", "step", "loss", "loops", "entropy", "saturation", "grad_norm", "lr", "skipped", "tokens_per_s"}
+    assert lines[-1].keys() == terms | every | {"memory_gib", "mfu"}
+    assert lines[0].keys() == every | {"last_ce", "memory_gib", "mfu"}
     assert lines[0]["loss"] > 1.3 > lines[499]["loss"]
+    rates = [lines[i]["lr"] for i in (0, 14, 15, 499, 500, 504, 649)]  # 15 steps of warm-up, then 4 or 5 of 150
+    falls = [3e-3 * (0.5 + 0.5 * math.cos(math.pi * n / 486)) for n in (1, 485)]
+    assert rates[:4] == pytest.approx([3e-3 / 15, 3e-3, *falls])
+    assert rates[4:] == pytest.approx([2e-3 / 4, 2e-3 * (0.5 + 0.5 * math.cos(math.pi / 147)), lines[-1]["lr"]])
+    assert 0 < lines[-1]["lr"] < 1e-6
 
 
 def test_run_json_says_what_was_run(run):
     found = json.loads((run / "run.json").read_text())
-    assert found.keys() == {"config", "chosen", "parameters", "starts", "finished"}
+    assert found.keys() == {"id", "config", "chosen", "parameters", "sha256", "starts", "finished"}
     assert found["finished"]
     assert found["config"]["rpt"]["steps"] == 150
     assert found["parameters"] == sum(p.numel() for p in checkpoint.load(run / "base").parameters())
@@ -168,6 +173,45 @@ def test_fewer_loops_may_be_asked_of_a_checkpoint_but_no_other_shape(run, tmp_pa
     assert not (tmp_path / "wide").exists()
 
 
+def test_more_loops_than_the_checkpoint_was_trained_with_get_a_note(run, tmp_path, monkeypatch, capsys):
+    few = [*SMALL[:2], *SMALL[4:], "--rpt.steps", 1, "--init", run / "base", "--objective", "rpt"]
+    note = f"{run / 'base'} was trained with 3 loops, --model.loops is 5"
+    for loops, shown in ((2, False), (3, False), (5, True)):
+        call(monkeypatch, looprpt, *few, "--model.loops", loops, "--out", tmp_path / str(loops))
+        found = capsys.readouterr().out
+        assert (note in found.splitlines()) == ("was trained with" in found) == shown
+    assert checkpoint.load_config(tmp_path / "5" / "rpt").loops == 5
+
+
+@pytest.mark.parametrize("name", ["[lr=1e-3]", "[/x]", ":cat: [red]"])
+def test_a_path_is_printed_as_it_is(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path(f"{name}.jsonl").parent.mkdir(exist_ok=True)
+    Path(f"{name}.jsonl").write_text("".join(json.dumps({"text": 40 * str(i)}) + "\n" for i in range(40)))
+    few = "--pretrain.steps 1 --rpt.steps 1 --model.width 16 --train.batch 4 --data.length 32".split()
+    call(monkeypatch, looprpt, *few, "--data.path", f"{name}.jsonl", "--out", name, "--objective", "pretrain")
+    shown = capsys.readouterr().out
+    assert f"; the run goes to {name}\n" in shown
+    call(
+        monkeypatch,
+        looprpt,
+        *few,
+        "--data.path",
+        f"{name}.jsonl",
+        "--init",
+        f"{name}/base",
+        "--out",
+        "b",
+        "--objective",
+        "rpt",
+    )
+    call(monkeypatch, eval, f"{name}/base", "b/rpt", f"{name}/base", "--data.path", f"{name}.jsonl")
+    shown = capsys.readouterr().out
+    assert f" {name}/base " in shown, "in a table"
+    assert name in refused(monkeypatch, looprpt, "--out", name)
+    call(monkeypatch, looprpt, "--out", name, "--resume")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -208,7 +252,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
     message = refused(monkeypatch, looprpt, *few, "--init", run / "base", "--objective", "rpt", "--rpt.lr", "1e38")
     assert message.startswith("the weights are not finite after rpt step")
     assert f"the last good checkpoint is {run / 'base'}; try a smaller --rpt.lr" in message
-    assert {p.name for p in (tmp_path / "out").iterdir()} <= {"log.jsonl", "run.json", "state"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} <= {".lock", "log.jsonl", "run.json", "state"}
     assert not [*(tmp_path / "out").glob("state/*")]
     checkpoint.load(run / "base")
 
@@ -216,7 +260,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_last_checkpoint(
 RANGES = """--model.width 65 | --model.width 65 is not divisible by --model.heads 4: try --model.width 68
 --model.heads 4 --model.kv-heads 3 | --model.heads 4 is not divisible by --model.kv-heads 3
 --model.loops 1 | --model.loops 1 leaves rpt no exit to learn: give 2 or more loops
---model.loops 0 --objective pretrain | --model.loops 0 is out of its range: give a number 1 or more
+--model.loops 0 --objective pretrain | --model.loops 0 is out of its range: give a number from 1 to 64
+--model.loops 65 | --model.loops 65 is out of its range: give a number from 1 to 64
 --rpt.rollouts 1 | --rpt.rollouts 1 gives no group to compare: the sampled estimator needs 2 or more
 --rpt.rollouts 0 | --rpt.rollouts 0 is out of its range: give a number 1 or more
 --rpt.rho 0 | --rpt.rho 0.0 is out of its range: give a number above 0, at most 1

@@ -130,15 +130,15 @@ def test_long_documents_are_cut_and_counted(tmp_path):
     records = [{"problem": "p", "solution": "s" * n} for n in (5, 100, 200)] + [{"problem": "p" * 99, "solution": "s"}]
     rows, notes = encode(write(tmp_path / "a.jsonl", records), DataConfig(length=40))
     assert [len(r.ids) for r in rows] == [27, 41, 41]
-    assert "3 of 4 documents are longer than --data.length 40 and are cut" in notes[0]
-    assert "1 of them are left out, their prompt alone fills the row" in notes[1]
+    assert "2 of 4 documents are longer than --data.length 40 and are cut" in notes[0]
+    assert "1 of 4 documents are left out, their prompt alone fills the row" in notes[1]
 
 
 def test_padding_asks_nothing_and_changes_no_row():
     rows = [Row([5, 6, 7], 1), Row([8, 9, 10, 11, 12, 13], 4), Row([14, 15], 1)]
     batch = data.collate(rows)
     assert batch.inputs.shape == (3, 5)
-    for b, (ids, prompt) in enumerate(rows):
+    for b, (ids, prompt, _) in enumerate(rows):
         n = len(ids) - 1
         assert batch.inputs[b, :n].tolist() == ids[:-1]
         assert batch.targets[b, :n].tolist() == ids[1:]
@@ -224,7 +224,7 @@ def test_a_trained_tokenizer_keeps_ouros_special_ids_and_single_digits(tmp_path)
     assert tokenizer.decode(tokenizer.encode("the cat é🙂").ids) == "the cat é🙂"
     with pytest.raises(UserError, match="is there already: nothing saved is overwritten"):
         text.train_tokenizer(path, 270, tmp_path / "t.json")
-    with pytest.raises(UserError, match="--vocab 258 is too small"):
+    with pytest.raises(UserError, match="vocab 258 is too small"):
         text.train_tokenizer(path, 258, tmp_path / "u.json")
 
 
@@ -246,11 +246,13 @@ LINE = '{"question": "q", "answer": "a"}\n'
         ("a.txt", b"a\nb\n\xe9", "a.txt line 3 is not UTF-8"),
         ("a.jsonl", LINE.encode() + b"\n{oops\n", "a.jsonl line 3 is not JSON"),
         ("a.json", b"[\n{},\n!]", "a.json line 3 is not JSON"),
-        ("a.json", b'{"a": 1}', "holds one dict: a .json file must be a list of records"),
+        ("a.json", b'{"a": 1}', "a.json line 1 has the keys a, none of them known"),
+        ("a.json", b'{\n"a": 1}', "a.json holds one dict: give a list of records, or a record on each line"),
+        ("a.json", b"3", "a.json holds one float: give a list"),
         ("a.jsonl", b"[1]\n", "a.jsonl line 1 is a list: each must be an object"),
         ("a.jsonl", b'{"foo": "x", "bar": "y"}\n', "line 1 has the keys foo, bar, none of them known"),
         ("a.jsonl", LINE.encode() + b'{"question": "q"}\n', "line 2 has no key 'answer'"),
-        ("a.jsonl", LINE.encode() + b'{"question": "q", "answer": 3}\n', "line 2 has a int under 'answer'"),
+        ("a.jsonl", LINE.encode() + b'{"question": "q", "answer": 3}\n', "line 2 has no text under 'answer'"),
     ],
 )
 def test_a_file_is_refused_in_a_sentence_with_the_place(tmp_path, name, content, message):
@@ -262,7 +264,7 @@ def test_a_file_is_refused_in_a_sentence_with_the_place(tmp_path, name, content,
 
 def test_a_file_without_a_target_token_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"problem": "p" * 500, "solution": "s"}])
-    with pytest.raises(UserError, match=r"has no target token: give longer text, or raise --data.length 30"):
+    with pytest.raises(UserError, match=r"has no target token: give longer text, or raise data.length 30"):
         encode(path, DataConfig(length=30))
 
 
@@ -278,29 +280,32 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
 
 
 def test_tokenizers_are_refused_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"--data.tokenizer nowhere is not a file: give a tokenizer.json, or 'bytes'"):
+    with pytest.raises(UserError, match=r"data.tokenizer nowhere is not a file: give a tokenizer.json, or 'bytes'"):
         text.load_tokenizer("nowhere")
     (tmp_path / "t.json").write_text("{}")
     with pytest.raises(UserError, match="is not a tokenizer"):
         text.load_tokenizer(str(tmp_path / "t.json"))
+    with pytest.raises(UserError, match=r"has no tokenizer.json: put the one that it was trained with there"):
+        text.pick_tokenizer("auto", tmp_path, text.byte_tokenizer())
     path = write(tmp_path / "a.jsonl", [{"problem": "p", "solution": "s"}])
     with pytest.raises(UserError, match="so no document can end"):
         encode(path, tokenizer=data.chain_tokenizer())
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("flags", "message"),
     [
-        (DataConfig(length=1), "--data.length 1 is out of its range: give a number 2 or more"),
-        (DataConfig(operands=1), "--data.operands 1 is out of its range: give a number 2 or more"),
-        (DataConfig(val_rows=0), "--data.val-rows 0 is out of its range: give a number 1 or more"),
-        (DataConfig(prompt_key="q"), "--data.prompt-key q came alone"),
-        (DataConfig(val="v.jsonl"), "--data.val v.jsonl came without --data.path"),
+        ({"length": 1}, "data.length 1 is out of its range: give a number 2 or more"),
+        ({"operands": 1}, "data.operands 1 is out of its range: give a number 2 or more"),
+        ({"val_rows": 0}, "data.val_rows 0 is out of its range: give a number 1 or more"),
+        ({"prompt_key": "q"}, "data.prompt_key q came alone: give data.response_key too"),
+        ({"val": "v.jsonl"}, "data.val v.jsonl came without data.path"),
+        ({"tokenizer": "bytes"}, "data.tokenizer bytes came without data.path"),
     ],
 )
-def test_data_flags_out_of_range_are_refused(config, message):
-    with pytest.raises(UserError, match=message):
-        config.check()
+def test_data_flags_out_of_range_are_refused_when_a_configuration_is_made(flags, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(**flags)
 
 
 def test_every_process_needs_a_row_of_those_that_are_not_held_out(tmp_path):

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import hashlib
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 
 import looprpt
 from model import LoopedTransformer
-from support import checkpoint, processes, runs, runtime
+from support import checkpoint, processes, runs, runtime, text
 
 ROOT = Path(__file__).parent.parent
 SMALL = """--data.operands 3 --model.loops 3 --model.width 16 --model.heads 2 --data.val-rows 64 --train.batch 8
@@ -407,6 +408,89 @@ def test_a_full_disk_anywhere_ends_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "Progress", full)
     message = refused(monkeypatch, tmp_path / "out")
     assert message.startswith("the run can't go on ([Errno 28] No space left on device): mend that, or make room")
+
+
+# Another length, other data, another process
+
+
+def test_more_steps_than_a_finished_stage_had_are_refused_and_others_go_on(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    partial_run(monkeypatch, out, 43)
+    record = (out / "run.json").read_text()
+    message = refused(monkeypatch, out, "--resume", "--pretrain.steps", 40)
+    assert message == (
+        f"--pretrain.steps 40 is more than the 30 that {out / 'base'} was trained for: leave the flag out, "
+        f"or start another run with --init {out / 'base'}"
+    )
+    assert (out / "run.json").read_text() == record, "nothing was begun"
+    call(monkeypatch, out, "--resume", "--rpt.steps", 24)
+    assert names(out) == ["rpt-000024", "rpt-000020", "pretrain-000030"]
+    assert [line["step"] for line in log_of(out)] == [*range(1, 31), *range(1, 25)]
+    assert "--rpt.steps 28 is more than the 24" in refused(monkeypatch, out, "--resume", "--rpt.steps", 28)
+    call(monkeypatch, out, "--resume")
+
+
+@pytest.mark.parametrize("name", ["path", "val", "tokenizer"])
+def test_a_data_file_that_changed_since_the_run_began_is_refused(tmp_path, monkeypatch, name):
+    files = {flag: tmp_path / f"{flag}.jsonl" for flag in ("path", "val")}
+    for flag, file in files.items():
+        file.write_text("".join(json.dumps({"text": f"{flag} {i}"}) + "\n" for i in range(20)))
+    files["tokenizer"] = tmp_path / "tokenizer.json"
+    text.byte_tokenizer().save(str(files["tokenizer"]))
+    flags = [x for flag, file in files.items() for x in (f"--data.{flag}", file)]
+    out, few = tmp_path / "out", ["--train.batch", 2, *flags]
+    with monkeypatch.context() as patch:
+        cut_at(patch, "count_tokens", 6)
+        with pytest.raises(Cut):
+            call(patch, out, *few)
+    found = json.loads((out / "run.json").read_text())["sha256"]
+    assert found == {flag: hashlib.sha256(file.read_bytes()).hexdigest() for flag, file in files.items()}
+    content, record = files[name].read_text(), (out / "run.json").read_text()
+    files[name].write_text(content + "\n")
+    message = refused(monkeypatch, out, *few, "--resume")
+    expected = f"--data.{name} {files[name]} has changed since the run began: restore the file, or begin another run"
+    assert message == expected
+    assert (out / "run.json").read_text() == record
+    files[name].write_text(content)
+    call(monkeypatch, out, *few, "--resume")
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_second_process_is_kept_out_of_a_run_until_the_first_one_ends_however_it_does(tmp_path, count):
+    out, many = tmp_path / "out", ["--pretrain.steps", 100_000, "--train.save-every", 5]
+    shared = PIPES["env"] | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"], programs = str(random.randrange(20_000, 60_000)), []
+    try:
+        for rank in map(str, range(count)):
+            how = PIPES | {"env": shared | {"RANK": rank, "LOCAL_RANK": rank}}
+            programs.append(subprocess.Popen(command(out, *many), **how))
+        wait_for(out, "pretrain", 6, programs[0])
+        second = subprocess.run(command(out, *many, "--resume", processes=count), check=False, **PIPES)
+        assert second.returncode == 1
+        problem = f"error: --out {out} is in use by another run: wait for its end, or give another"
+        assert problem in second.stderr.splitlines()
+        assert programs[0].poll() is None
+    finally:
+        for program in programs:
+            program.kill()
+            program.communicate()
+    done = names(out)[0]
+    with subprocess.Popen(command(out, *many, "--resume"), **PIPES) as third:
+        shown = ""
+        while "goes on" not in shown and (line := third.stdout.readline()):
+            shown += line
+        third.terminate()
+        _, error = third.communicate(timeout=60)
+    assert third.returncode == 0, error
+    assert f"pretrain goes on after step {int(done.partition('-')[2])}, from {out / 'state' / done}" in shown
+
+
+def test_a_run_that_has_not_saved_anything_keeps_others_out_too(tmp_path, monkeypatch):
+    with runs.locked(tmp_path / "out"):
+        assert refused(monkeypatch, tmp_path / "out").endswith(
+            "is in use by another run: wait for its end, or give another"
+        )
+    call(monkeypatch, tmp_path / "out", "--pretrain.steps", 1, "--rpt.steps", 1)
 
 
 # Signals, disks

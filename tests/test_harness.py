@@ -2,16 +2,18 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
 import torch
 from helpers import call, refused, slow_exit
+from tokenizers import AddedToken
 
 import data
 from lab import harness
 from model import LoopedTransformer, ModelConfig
-from sample import Exit
+from sample import Exit, GenerationFlags, Token, encode_prompts
 from support import checkpoint, text
 from support.runtime import UserError
 
@@ -84,13 +86,15 @@ def encode(text):
 
 
 @pytest.mark.parametrize("threshold", [0.3, 1.0])
-def test_scores_and_loops_equal_a_direct_computation(net, folder, tmp_path, monkeypatch, threshold):
+def test_scores_and_loops_equal_a_direct_computation(net, folder, tmp_path, monkeypatch, capsys, threshold):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = shutil.copytree(folder, tmp_path / "[red]x[")  # a name that is no markup
     tasks = ["--tasks", "our_choose,our_answer,our_roll", "--include-path", folder / "tasks"]
     how = ["--exit-threshold", threshold, "--cache", "full", "--batch", 3, "--out", tmp_path / "scores.json"]
     call(monkeypatch, harness, folder / "a", *tasks, *how)
+    assert "[red]x[/a, exit gate" in capsys.readouterr().out
     result = json.loads((tmp_path / "scores.json").read_text())
     assert result["exit"] == f"gate:{threshold:g}"
     scores = result["harness"]
@@ -225,8 +229,116 @@ def test_loops_stop_ids_and_draws_are_those_asked_for(net, folder, monkeypatch):
     lm.generate_until(ask("generate_until", ("What", long)), disable_tqdm=True)
     assert seen[-1]["done"](0, encode("and now stop here"))
     assert not seen[-1]["done"](0, encode("and now stop her"))
-    with pytest.raises(UserError, match="a task asks for top_k 40"):
-        lm.generate_until(ask("generate_until", ("What", how | {"top_k": 40})), disable_tqdm=True)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What generation was asked for; it says `told.text`, until it is told to stop."""
+
+    class Told(list):
+        text = "x"
+
+    told = Told()
+
+    def note(net, prompts, done, **options):
+        told.append(options | {"prompts": prompts})
+        for row in range(len(prompts)):
+            tokens = []
+            for i in told.text if isinstance(told.text, list) else encode(told.text):
+                tokens.append(i)
+                yield Token(row, i, 1, i, -1.0, 1.0)
+                if done(row, tokens) or len(tokens) == options["max_tokens"]:
+                    break
+
+    monkeypatch.setattr(harness, "generate", note)
+    return told
+
+
+GREEDY, DRAWN, UNCUT = (0.0, 1.0), (0.7, 0.9), (1.0, 1.0)  # temperature and top_p
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({}, GREEDY),
+        ({"do_sample": True, "temperature": 0}, GREEDY),
+        ({"do_sample": True, "temperature": 0.0, "top_p": 0.9}, (0.0, 0.9)),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0}, GREEDY),
+        ({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, DRAWN),
+        ({"temperature": 0.7, "top_p": 0.9}, DRAWN),
+        ({"do_sample": True}, UNCUT),
+        ({"do_sample": True, "temperature": None, "top_p": None, "top_k": None}, UNCUT),
+        ({"do_sample": False, "temperature": 0.7}, GREEDY),
+        ({"do_sample": True, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "num_beams": 1}, UNCUT),
+        ({"do_sample": True, "top_k": -1, "typical_p": 1.0, "max_tokens": 256}, UNCUT),
+        ({"num_beams": 1, "until": None, "do_sample": None}, GREEDY),
+    ],
+)
+def test_what_a_task_says_of_the_draw_is_done(net, folder, told, asked, expected):
+    lm = adapter(net, folder)
+    assert lm.generate_until(ask("generate_until", ("What", {"until": []} | asked)), disable_tqdm=True) == ["x"]
+    assert (told[0]["temperature"], told[0]["top_p"]) == expected
+    assert told[0]["max_tokens"] == 256
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("top_k", 40), ("min_p", 0.1), ("repetition_penalty", 1.1), ("num_beams", 4), ("stop", ["x"]), ("seed", 0)]
+    + [("temperature", "hot"), ("temperature", -1), ("top_p", 1.5), ("top_p", True), ("max_gen_toks", 0)],
+)
+def test_what_is_unknown_and_changes_the_text_is_refused(net, folder, told, key, value):
+    asked = ask("generate_until", ("What", {"until": [], key: value}))
+    with pytest.raises(UserError) as error:
+        adapter(net, folder).generate_until(asked, disable_tqdm=True)
+    value = "['x']" if key == "stop" else value
+    assert str(error.value) == f"a task asks for {key} {value}, which is not done here: leave the task out"
+    assert told == []
+
+
+def test_the_flag_for_the_most_tokens_wins_over_the_task(net, folder, told):
+    told.text = "x" * 60
+    for flag, asked, expected in ((None, {}, 256), (None, {"max_gen_toks": 5}, 5), (7, {"max_new_tokens": 5}, 7)):
+        answers = adapter(net, folder, max_tokens=flag).generate_until(ask("generate_until", ("What", asked)))
+        assert told[-1]["max_tokens"] == expected
+        assert answers == ["x" * min(expected, 60)]
+
+
+OPEN = "<|im_start|>assistant\n<think>\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said", "until", "answer"),
+    [
+        ("Q", "<think>#### 5</think>#### 7", [], "#### 7"),
+        ("Q", "<think>#### 5</think>#### 7\nQ: next", ["\n"], "#### 7"),
+        (OPEN, "a\n\nb 5</think>\n\n7\n\nmore", ["\n\n"], "7"),
+        (OPEN, "5</think>6<think>7</think> 8", [], "8"),
+        (OPEN, "so it is 5", [], ""),
+        ("Q", " <think>so it is 5", [], ""),
+        ("Q", "a\nb", ["\n"], "a"),
+        ("Q", "the mark <think> is", [], "the mark <think> is"),
+        ("Q", " as it is ", [], " as it is "),
+        ("<think>\n</think>\n", "7\n", ["\n"], "7"),
+    ],
+)
+def test_what_follows_the_last_thought_is_scored(net, folder, told, prompt, said, until, answer):
+    """Its stop texts count there alone; a thought without an end has no answer."""
+    told.text = said
+    lm = adapter(net, folder)
+    assert lm.generate_until(ask("generate_until", (prompt, {"until": until, "max_gen_toks": 99}))) == [answer]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_the_marks_of_a_thought_may_be_tokens(net, folder, told, special):
+    pytest.importorskip("lm_eval")
+    tokenizer = text.byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=special) for mark in ("<think>", "</think>")])
+    config = harness.HarnessConfig(folder=folder / "a", tasks="t", thinking=True)
+    lm = harness.harness_model(net, tokenizer, Exit(), config)
+    told.text = [*encode("#### 5\n"), 260, *encode("\n#### 7\n"), 2]
+    asked = ask("generate_until", (OPEN, {"until": ["\n"], "max_gen_toks": 30}))
+    assert lm.generate_until(asked) == ["#### 7"]
+    assert told[0]["prompts"] == [[1, *encode("assistant\n"), 259, *encode("\n")]]
 
 
 def test_the_flags_reach_the_harness(folder, monkeypatch):
@@ -240,6 +352,9 @@ def test_the_flags_reach_the_harness(folder, monkeypatch):
     flags = ["--num-fewshot", 3, "--limit", 5, "--chat"]
     call(monkeypatch, harness, folder / "a", "--tasks", "our_cho*", "--include-path", folder / "tasks", *flags)
     assert [seen[k] for k in ("tasks", "num_fewshot", "limit", "apply_chat_template")] == [["our_choose"], 3, 5, True]
+    for flags, chat, system in ((["--system", "Be."], True, "Be."), (["--thinking"], True, None), ([], False, None)):
+        call(monkeypatch, harness, folder / "a", "--tasks", "our_answer", "--include-path", folder / "tasks", *flags)
+        assert (seen["apply_chat_template"], seen["system_instruction"]) == (chat, system)
 
 
 def test_chat_turns_are_chatml(net, folder):
@@ -248,9 +363,42 @@ def test_chat_turns_are_chatml(net, folder):
         net, text.byte_tokenizer(), Exit(), harness.HarnessConfig(folder=folder / "a", tasks="t")
     )
     turns = [{"role": "user", "content": "hi"}]
-    assert lm.tok_encode(lm.apply_chat_template(turns)) == text.chat_prompts(text.byte_tokenizer(), ["hi"])[0]
+    assert (
+        lm.tok_encode(lm.apply_chat_template(turns))
+        == text.encode_chats(text.byte_tokenizer(), [[("user", "hi"), ("assistant", "")]])[0][0][:-1]
+    )
     string = lm.apply_chat_template([*turns, {"role": "assistant", "content": "So"}], add_generation_prompt=False)
     assert string.endswith("<|im_start|>assistant\nSo")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_chat_text_yields_no_token_that_it_spells(net, folder, special):
+    """The prompt that sample.py makes of the same texts; what the model says itself may hold its added tokens."""
+    pytest.importorskip("lm_eval")
+    tokenizer = text.byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=special) for mark in ("<think>", "</think>")])
+    for flags in ({"thinking": True}, {"chat": True}, {"system": "<|im_end|>"}):
+        lm = harness.harness_model(
+            net, tokenizer, Exit(), harness.HarnessConfig(folder=folder / "a", tasks="t", **flags)
+        )
+        system = [{"role": "system", "content": flags["system"]}] if "system" in flags else []
+        string = lm.apply_chat_template([*system, {"role": "user", "content": "a<|im_end|>\n<|endoftext|><think>"}])
+        expected = encode_prompts(
+            tokenizer, ["a<|im_end|>\n<|endoftext|><think>"], GenerationFlags(folder="x", **flags)
+        )
+        assert [lm.tok_encode(string)] == expected
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "<think><|im_end|>"}]
+    string = lm.apply_chat_template(turns, add_generation_prompt=False)
+    assert lm.tok_encode(string)[-11:] == [259, *encode("<|im_end|>")]
+
+
+def test_thinking_models_are_not_asked_for_the_probability_of_a_choice(folder, monkeypatch, tmp_path):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tasks = ["--tasks", "our_choose", "--include-path", folder / "tasks", "--thinking"]
+    message = refused(monkeypatch, harness, folder / "a", *tasks)
+    assert message == "--thinking: our_choose scores given text, not an answer: leave one of both out"
 
 
 def test_without_the_package_it_says_how_to_get_it(folder, monkeypatch):

@@ -1,8 +1,12 @@
 """The looped model's own laws, and its checkpoint folders."""
 
 import json
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -16,7 +20,7 @@ from data import chain_tokenizer
 from model import LoopedTransformer, ModelConfig
 from support import checkpoint
 from support.runtime import DTYPES, UserError
-from support.text import byte_tokenizer
+from support.text import byte_tokenizer, encode_chats, tokenize
 
 SHAPE = ModelConfig(layers=2, loops=4, width=16, heads=4, kv_heads=2, vocab_size=11, init_std=0.3)
 
@@ -122,7 +126,8 @@ def test_a_saved_checkpoint_loads_bit_for_bit_under_ouros_names(tmp_path, ids, t
         assert b.requires_grad
     assert net(ids).hidden.equal(again(ids).hidden)
     written = {p.name for p in (tmp_path / "a").iterdir()}
-    assert written == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    beside = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert written == {"config.json", "model.safetensors", *beside}
     assert not [p for p in tmp_path.iterdir() if p.name != "a"], "no temporary folder stays behind"
     assert len({p.stat().st_mode for p in (tmp_path / "a").iterdir()}) == 1, "who may read one file may read all"
 
@@ -205,7 +210,9 @@ def test_any_float_precision_is_read_and_written(tmp_path, dtype):
 def test_export_keeps_bf16_bit_for_bit_and_copies_what_stands_beside(tmp_path, monkeypatch, capsys):
     net = LoopedTransformer(replace(SHAPE, bos_token_id=None, eos_token_id=(0, 2), exit_threshold=0.7))
     checkpoint.save(net, tmp_path / "a", dtype=torch.bfloat16)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "modeling_ouro.py"):
+    (tmp_path / "a" / "tokenizer.json").write_text(byte_tokenizer().to_str() + "\n\n")
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [0, 2], "temperature": 0.6}')
+    for name in ("tokenizer_config.json", "chat_template.jinja", "modeling_ouro.py"):
         (tmp_path / "a" / name).write_text(f"{{}}  {name}")
     for source, dtype, out in (("a", "bf16", "b"), ("a", "fp32", "c"), ("c", "bf16", "d")):
         call(monkeypatch, checkpoint, "export", tmp_path / source, tmp_path / out, "--dtype", dtype)
@@ -213,8 +220,9 @@ def test_export_keeps_bf16_bit_for_bit_and_copies_what_stands_beside(tmp_path, m
     assert {x.dtype for x in c.values()} == {torch.float32}
     for other in ("b", "d"):
         same(checkpoint.load(tmp_path / "a", dtype=None), checkpoint.load(tmp_path / other, dtype=None))
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-            assert (tmp_path / other / name).read_text() == f"{{}}  {name}"
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            assert (tmp_path / other / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+        assert read(tmp_path / other, "generation_config.json") == {"eos_token_id": [0, 2], "temperature": 0.6}
         assert not (tmp_path / other / "modeling_ouro.py").exists(), "no code is copied"
         assert (tmp_path / other / "config.json").read_bytes() == (tmp_path / "a" / "config.json").read_bytes()
         original, again = (load_file(tmp_path / x / "model.safetensors") for x in ("a", other))
@@ -230,9 +238,9 @@ def test_the_published_cases_files_load_and_come_back_bit_for_bit(golden, tmp_pa
     assert original.keys() == again.keys()
     assert all(original[key].equal(again[key]) for key in original)
     theirs, ours = (json.loads((f / "config.json").read_text()) for f in (golden / "ouro_tiny", tmp_path / "a"))
-    assert {key: ours[key] for key in theirs if key != "auto_map"} == {
-        k: v for k, v in theirs.items() if k != "auto_map"
-    }
+    assert theirs["early_exit_threshold"] == 1.0
+    theirs |= {"auto_map": ours["auto_map"], "early_exit_threshold": 2.0}
+    assert {key: ours[key] for key in theirs} == theirs
 
 
 def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
@@ -247,17 +255,209 @@ def test_a_tied_head_may_be_stored_twice_but_not_differ(tmp_path):
         checkpoint.load(tmp_path / "a")
 
 
-def test_rope_theta_is_found_where_newer_transformers_write_it(tmp_path):
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": None, "rope_parameters": {"full_attention": PLAIN}},
+        {"rope_theta": None, "rope_parameters": PLAIN},
+        {"rope_theta": None, "rope_parameters": PLAIN | {"partial_rotary_factor": 1.0}},
+        {"rope_theta": None, "rope_scaling": PLAIN},
+        {"rope_theta": 10000, "rope_parameters": {"full_attention": PLAIN}},
+        {"rope_theta": 10000, "rope_scaling": {"rope_type": "default"}},
+        {"rope_theta": 10000, "rope_scaling": {"type": "default", "factor": 1.0}},
+        {"rope_theta": 10000, "rope_scaling": {}, "rope_parameters": None, "partial_rotary_factor": 1},
+        {"rope_theta": 10000, "rope_parameters": {"rope_type": "default", "rope_theta": None}},
+    ],
+)
+def test_rotary_settings_are_found_wherever_they_stand(tmp_path, change):
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    spoil(tmp_path / "a", lambda c: c.update(change))
+    assert checkpoint.load(tmp_path / "a").config == replace(SHAPE, rope_theta=10000.0).resolved()
 
-    def change(c):
-        del c["rope_theta"]
-        c["rope_parameters"] = {"rope_theta": 5000.0, "rope_type": "default"}
 
-    spoil(tmp_path / "a", change)
-    assert checkpoint.load_config(tmp_path / "a").rope_theta == 5000
-    spoil(tmp_path / "a", lambda c: c.update(rope_theta=7000.0))
-    assert checkpoint.load_config(tmp_path / "a").rope_theta == 7000, "the published place goes first"
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"rope_parameters": {"full_attention": PLAIN | {"rope_type": "yarn", "factor": 4}}},
+            "rope_parameters full_attention rope_type 'yarn': only Ouro's 'default'",
+        ),
+        ({"rope_parameters": PLAIN | {"factor": 4.0}}, "rope_parameters factor 4.0: only Ouro's 1.0"),
+        ({"rope_parameters": {"sliding_attention": PLAIN}}, "rope_parameters sliding_attention {.*}: only Ouro's None"),
+        ({"rope_parameters": "yarn"}, "rope_parameters 'yarn': only Ouro's None"),
+        ({"rope_parameters": {"rope_theta": 5000.0}}, "rope_parameters rope_theta 5000.0: only Ouro's 10000.0"),
+        ({"rope_scaling": {"factor": 2}}, "rope_scaling factor 2: only Ouro's 1.0"),
+        (
+            {"rope_scaling": {"factor": 8.0, "rope_type": "llama3"}},
+            "rope_scaling rope_type 'llama3': only Ouro's 'default'",
+        ),
+        ({"rope_scaling": 2.0}, "rope_scaling 2.0: only Ouro's None"),
+        *(
+            ({"rope_scaling": {key: kind}}, f"rope_scaling {key} '{kind}': only Ouro's 'default'")
+            for key in ("type", "rope_type")
+            for kind in ("linear", "dynamic", "yarn", "longrope", "llama3", "su", "mrope")
+        ),
+        (
+            {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1]}},
+            r"mrope_section \[1, 1\]: only Ouro's None",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5: only Ouro's 1.0"),
+        ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5: only Ouro's 1.0"),
+        ({"rope_type": "yarn"}, "rope_type 'yarn': only Ouro's 'default'"),
+    ],
+)
+def test_rotary_positions_that_are_not_plain_are_refused(tmp_path, change, said):
+    checkpoint.save(LoopedTransformer(replace(SHAPE, rope_theta=10000.0)), tmp_path / "a")
+    spoil(tmp_path / "a", lambda c: c.update(change))
+    with pytest.raises(UserError, match=f"config.json says .*{said} is known here"):
+        checkpoint.load_config(tmp_path / "a")
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "num_hidden_layers", "total_ut_steps", "vocab_size"])
+def test_what_changes_every_number_has_no_default(tmp_path, key):
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    for change in (lambda c: c.update({key: None}), lambda c: c.pop(key)):
+        spoil(tmp_path / "a", change)
+        with pytest.raises(UserError, match=f"config.json lacks {key}: restore the file"):
+            checkpoint.load_config(tmp_path / "a")
+
+
+IGNORED = {  # what transformers reads, and what changes no number of the published code
+    "attention_dropout": 0,
+    "pruned_heads": {},
+    "layer_types": [],
+    "max_window_layers": 1,
+    "sliding_window": 4096,
+    "dtype": "bfloat16",
+    "torch_dtype": "float16",
+    "pad_token_id": 1,
+    "chunk_size_feed_forward": 0,
+    "quantization_config": None,
+    "attention_bias": None,
+    "temperature": 0.6,
+    "unsloth_version": "2025.9",
+}
+
+
+def test_keys_that_change_nothing_are_ignored(tmp_path):
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    spoil(tmp_path / "a", lambda c: c.update(IGNORED))
+    path = tmp_path / "a" / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a mark that editors on Windows leave
+    assert checkpoint.load(tmp_path / "a").config == SHAPE.resolved()
+
+
+@pytest.mark.parametrize("value", [None, 1, 1.5, 2.0, float("inf")])
+def test_a_threshold_of_one_and_more_and_null_all_mean_all_loops(tmp_path, value):
+    net = LoopedTransformer(SHAPE)
+    torch.nn.init.constant_(net.early_exit_gate.bias, 100.0)  # every gate says: leave
+    checkpoint.save(net, tmp_path / "a")
+    assert read(tmp_path / "a", "config.json")["early_exit_threshold"] == 2.0, "all loops in the published code, too"
+    spoil(tmp_path / "a", lambda c: c.update(early_exit_threshold=value))
+    again = checkpoint.load(tmp_path / "a")
+    assert again.config.exit_threshold == 1.0
+    assert model.exit_loop(again(torch.zeros(1, 2, dtype=torch.long)).gate, again.config.exit_threshold).eq(3).all()
+
+
+def test_buffers_of_rotary_frequencies_beside_the_weights_are_ignored(tmp_path, monkeypatch):
+    net = LoopedTransformer(SHAPE)
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8000)
+    checkpoint.save(net, tmp_path / "a")
+    name, first = "model.layers.0.self_attn.rotary_emb.inv_freq", sorted((tmp_path / "a").glob("*.safetensors"))[0]
+    save_file(load_file(first) | {name: torch.ones(2, dtype=torch.int64)}, first)
+    reindex(tmp_path / "a", lambda w: w | {name: first.name})
+    same(checkpoint.load(tmp_path / "a"), net)
+
+
+# The ends of text
+
+
+@pytest.mark.parametrize(("more", "ends"), [([7], (0, 7)), (7, (0, 7)), ([0, 3], (0, 3)), (0, 0), (None, 0)])
+def test_the_ends_of_text_of_generation_config_join_those_of_config(tmp_path, more, ends):
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").write_text(json.dumps({"eos_token_id": more, "pad_token_id": 5}))
+    assert checkpoint.load(tmp_path / "a").config.eos_token_id == ends
+    spoil(tmp_path / "a", lambda c: c.pop("eos_token_id"))
+    alone = {(0, 7): 7, (0, 3): (0, 3), 0: more}[ends]
+    assert checkpoint.load_config(tmp_path / "a").eos_token_id == alone, "none is made up"
+
+
+@pytest.mark.parametrize(
+    "content", ['{"eos_token_id": "x"}', '{"eos_token_id": [-1]}', '{"eos_token_id": []}', "{", "[]"]
+)
+def test_damaged_generation_settings_are_refused_by_their_file(tmp_path, content):
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match=r"generation_config.json (says eos_token_id|is not JSON|holds a list)"):
+        checkpoint.load_config(tmp_path / "a")
+
+
+def test_what_has_chatmls_tokens_is_saved_so_that_other_programs_stop_at_a_turns_end(tmp_path):
+    net = LoopedTransformer(replace(SHAPE, vocab_size=259))
+    checkpoint.save(net, tmp_path / "a", byte_tokenizer())
+    assert read(tmp_path / "a", "config.json")["eos_token_id"] == [0, 2]
+    generation = {"bos_token_id": 0, "pad_token_id": 0, "eos_token_id": [0, 2]}
+    assert read(tmp_path / "a", "generation_config.json") == generation
+    settings = read(tmp_path / "a", "tokenizer_config.json")
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+    assert (settings["eos_token"], settings["pad_token"]) == ("<|endoftext|>", "<|endoftext|>")
+    assert checkpoint.load_config(tmp_path / "a").eos_token_id == (0, 2)
+
+
+def test_the_chat_template_writes_what_the_trainer_reads(tmp_path):
+    jinja2 = pytest.importorskip("jinja2")
+    checkpoint.save(LoopedTransformer(replace(SHAPE, vocab_size=259)), tmp_path / "a", byte_tokenizer())
+    template = read(tmp_path / "a", "tokenizer_config.json")["chat_template"]
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)  # as in transformers
+    turns = [{"role": "system", "content": " Be {{brief}}.\n"}, {"role": "user", "content": "1+1\n\n= ?"}]
+    chat = "<|im_start|>system\n Be {{brief}}.\n<|im_end|>\n<|im_start|>user\n1+1\n\n= ?<|im_end|>\n"
+    assert template.render(messages=turns) == chat
+    assert template.render(messages=turns, add_generation_prompt=True) == chat + "<|im_start|>assistant\n"
+    ours = encode_chats(byte_tokenizer(), [[("user", "Hi"), ("assistant", "")]])[0][0][:-1]
+    theirs = template.render(messages=[{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    assert tokenize(byte_tokenizer(), [theirs], special=True) == [ours]
+
+
+def test_a_tokenizer_without_chatml_gets_no_template_and_no_end_of_a_turn(tmp_path):
+    tokenizer = chain_tokenizer()
+    checkpoint.save(LoopedTransformer(replace(SHAPE, eos_token_id=None)), tmp_path / "a", tokenizer)
+    settings = read(tmp_path / "a", "tokenizer_config.json")
+    assert "chat_template" not in settings
+    assert settings["eos_token"] is settings["pad_token"] is None
+    generation = {"bos_token_id": 0, "pad_token_id": None, "eos_token_id": None}
+    assert read(tmp_path / "a", "generation_config.json") == generation
+    assert checkpoint.load_config(tmp_path / "a").eos_token_id is None
+
+
+def test_files_of_the_source_stay_but_a_turns_end_joins_their_ends(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "tokenizer.json").write_text(byte_tokenizer().to_str())
+    (tmp_path / "old" / "tokenizer_config.json").write_text('{"chat_template": "theirs"}')
+    net = LoopedTransformer(replace(SHAPE, vocab_size=259))
+    checkpoint.save(net, tmp_path / "a", source=tmp_path / "old")
+    assert (tmp_path / "a" / "tokenizer_config.json").read_text() == '{"chat_template": "theirs"}'
+    generation = {"bos_token_id": 0, "pad_token_id": 0, "eos_token_id": [0, 2]}
+    assert read(tmp_path / "a", "generation_config.json") == generation, "written, as there was none"
+    (tmp_path / "old" / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.7}')
+    checkpoint.save(net, tmp_path / "b", source=tmp_path / "old")
+    assert read(tmp_path / "b", "generation_config.json") == {"eos_token_id": [0, 2], "top_p": 0.7}
+    assert checkpoint.load_config(tmp_path / "b").eos_token_id == (0, 2)
+
+
+def test_folders_may_be_strings(tmp_path):
+    net = LoopedTransformer(SHAPE)
+    checkpoint.save(net, f"{tmp_path}/a")
+    assert checkpoint.load_config(f"{tmp_path}/a") == SHAPE.resolved()
+    checkpoint.save(checkpoint.load(f"{tmp_path}/a"), f"{tmp_path}/b", source=f"{tmp_path}/a")
+    checkpoint.export(f"{tmp_path}/b", f"{tmp_path}/c", "fp32")
+    same(checkpoint.load(tmp_path / "c"), net)
+    with pytest.raises(UserError, match="c is there already"):
+        checkpoint.export(f"{tmp_path}/b", f"{tmp_path}/c")
+    with pytest.raises(UserError, match="x is not a checkpoint folder: it is not there"):
+        checkpoint.load(f"{tmp_path}/x")
 
 
 def test_as_stored_means_the_widest_precision_stored(tmp_path):
@@ -280,11 +480,16 @@ def test_a_new_tokenizer_takes_only_the_generation_settings_along(tmp_path):
     (tmp_path / "old").mkdir()
     for name in checkpoint.COMPANIONS:
         (tmp_path / "old" / name).write_text("old")
+    (tmp_path / "old" / "generation_config.json").write_text('{"top_p": 0.7}')
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a", byte_tokenizer(), source=tmp_path / "old")
-    old = {p.name for p in (tmp_path / "a").iterdir() if p.read_bytes() == b"old"}
-    assert old == {"generation_config.json"}
+    assert not [p for p in (tmp_path / "a").iterdir() if p.read_bytes() == b"old"]
+    assert read(tmp_path / "a", "generation_config.json") == {"top_p": 0.7, "eos_token_id": [0, 2]}
+    with pytest.raises(UserError, match=r"old/tokenizer.json is not a tokenizer"):
+        checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "b", source=tmp_path / "old")
+    (tmp_path / "old" / "tokenizer.json").write_text(chain_tokenizer().to_str())
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "b", source=tmp_path / "old")
-    assert {p.name for p in (tmp_path / "b").iterdir() if p.read_bytes() == b"old"} == {*checkpoint.COMPANIONS}
+    kept = {*checkpoint.COMPANIONS} - {"generation_config.json", "tokenizer.json"}
+    assert {p.name for p in (tmp_path / "b").iterdir() if p.read_bytes() == b"old"} == kept
 
 
 def test_the_gate_is_exact_where_the_model_is_bf16():
@@ -302,21 +507,27 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-IMPOSSIBLE = """num_hidden_layers 2.0|true|0|null
-vocab_size null|-3|"259"
-head_dim 8.0|0|7
-total_ut_steps 4.5
-max_position_embeddings null|64.5
-rope_theta 0|-1|null|"x"
-rms_norm_eps null|0
+IMPOSSIBLE = """num_hidden_layers 2.0|true|0|99999999999|1001
+vocab_size -3|"259"|1000000000000
+head_dim 8.0|0|7|1000000000
+num_attention_heads 1000000000
+total_ut_steps 4.5|65|99999999999|0
+max_position_embeddings 64.5|1000000000000000
+rope_theta 0|-1|"x"|NaN|Infinity|1e400|true
+rms_norm_eps 0
 tie_word_embeddings 1
-early_exit_threshold null|"0.5"|1.5
-eos_token_id "x"|[]|{}|-1
+early_exit_threshold "0.5"|-0.1|true|NaN
+eos_token_id "x"|[]|{}|-1|4294967296|[[1]]
 bos_token_id "x"
-quantization_config {"quant_method": "fp8"}
+quantization_config {"quant_method": "fp8"}|"fp8"
 attention_bias true
-layer_types 5|"full_attention"
-hidden_size 17"""
+attention_dropout 0.1
+use_sliding_window true
+pruned_heads {"0": [1]}
+early_exit_step 0
+layer_types 5|"full_attention"|[[1]]|[1, "x"]
+hidden_act "gelu"|["silu"]
+hidden_size 17|1e9"""
 
 
 @pytest.mark.parametrize(
@@ -326,15 +537,49 @@ hidden_size 17"""
 def test_a_value_that_a_key_cannot_have_is_refused_by_its_name(tmp_path, key, value):
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
     spoil(tmp_path / "a", lambda c: c.update({key: json.loads(value)}))
-    if key == "hidden_size":
+    if (key, value) == ("hidden_size", "17"):
         spoil(tmp_path / "a", lambda c: c.pop("head_dim"))
-    with pytest.raises(UserError, match=f"config.json (says {key} |has a shape that no model can have)"):
+    no_shape = (key, value) in (("hidden_size", "17"), ("head_dim", "7"))
+    says = "has a shape that no model can have" if no_shape else f"says {key} "
+    with pytest.raises(UserError, match=f"config.json {says}"):
         checkpoint.load_config(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "value", ["9" * 400, "-" + "9" * 400, "9" * 5000, "[" * 200 + "]" * 200, "[" * 100_000, '"\\ud800"']
+)
+def test_numbers_of_any_length_and_nests_of_any_depth_are_refused_in_a_sentence(tmp_path, value):
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    for key in ("vocab_size", "rope_theta", "eos_token_id", "rope_scaling", "architectures"):
+        config = json.loads(path.read_text())
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config | {key: "HERE"}).replace('"HERE"', value))
+        with pytest.raises(UserError, match=f"config.json (says {key} |is not JSON)") as error:
+            checkpoint.load_config(tmp_path / "a")
+        assert len(str(error.value)) < 400
+        path.write_text(json.dumps(config))
+
+
+def test_a_shape_that_is_not_that_of_the_weights_is_refused_before_a_model_of_it_is_built(tmp_path):
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    for change in (
+        {"num_hidden_layers": 1000},
+        {"num_attention_heads": 10**6, "head_dim": 10**6},
+        {"vocab_size": 10**6},
+    ):
+        spoil(tmp_path / "a", lambda c: c.update(change))  # noqa: B023
+        start = time.perf_counter()
+        with pytest.raises(
+            UserError, match=r"does not match its config.json: missing model.layers|its config.json says \("
+        ):
+            checkpoint.load(tmp_path / "a")
+        assert time.perf_counter() - start < 2
 
 
 def test_null_means_the_default_where_other_programs_write_it(tmp_path):
     checkpoint.save(LoopedTransformer(replace(SHAPE, kv_heads=4)), tmp_path / "a")
-    spoil(tmp_path / "a", lambda c: c.update(head_dim=None, num_key_value_heads=None))
+    spoil(tmp_path / "a", lambda c: c.update(head_dim=None, num_key_value_heads=None, rms_norm_eps=None))
+    spoil(tmp_path / "a", lambda c: c.update(max_position_embeddings=None, architectures=None, layer_types=None))
     assert checkpoint.load_config(tmp_path / "a") == replace(SHAPE, kv_heads=4).resolved()
 
 
@@ -356,6 +601,7 @@ def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
         ),
         (lambda f: (f / checkpoint.INDEX).write_text("{"), "index.json is not JSON"),
         (lambda f: (f / checkpoint.INDEX).write_text("{}"), "has no weight_map of names to files"),
+        (lambda f: reindex(f, lambda w: dict.fromkeys(w, "x" * 300)), r"names x{300}, which is not in the folder"),
         (
             lambda f: reindex(f, lambda w: {k: f"../{v}" for k, v in w.items()}),
             r"names ../model-\d+-of-\d+.safetensors, which is not in",
@@ -401,6 +647,10 @@ def test_loading_holds_little_more_than_the_model(tmp_path, dtype):
 # Refusals
 
 
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
 def rewrite(folder, change):
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
 
@@ -419,20 +669,16 @@ def spoil(folder, change):
         (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda f: (f / "config.json").write_text("[]"), "config.json holds a list, not an object"),
         (lambda f: spoil(f, lambda c: c.update(model_type="llama")), "model_type 'llama': only Ouro's 'ouro' is known"),
-        (lambda f: spoil(f, lambda c: c.pop("model_type")), "model_type None: only Ouro's 'ouro' is known here"),
+        (lambda f: spoil(f, lambda c: c.pop("model_type")), "model_type '': only Ouro's 'ouro' is known here"),
+        (lambda f: spoil(f, lambda c: c.update(model_type=None)), "model_type '': only Ouro's 'ouro' is known here"),
         (
             lambda f: spoil(f, lambda c: c.update(architectures=["LlamaForCausalLM"])),
             r"architectures \['LlamaForCausalLM'\]: only Ouro's",
         ),
         (lambda f: spoil(f, lambda c: c.update(hidden_act="gelu")), "hidden_act 'gelu': only Ouro's 'silu' is known"),
-        (lambda f: spoil(f, lambda c: c.update(rope_scaling={"factor": 2})), "rope_scaling {'factor': 2}: only Ouro's"),
         (
             lambda f: spoil(f, lambda c: c.update(layer_types=["full_attention", "sliding_attention"])),
             r"layer_types \['sliding_attention'\]: only Ouro's",
-        ),
-        (
-            lambda f: spoil(f, lambda c: c.update(rope_parameters={"rope_type": "yarn"})),
-            "rope_type 'yarn': only Ouro's 'default' is known here",
         ),
         (
             lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
@@ -471,14 +717,70 @@ def test_nothing_saved_is_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 65}, "--model.width 65 is not divisible by --model.heads 4: try --model.width 68"),
-        ({"heads": 4, "kv_heads": 3}, "--model.heads 4 is not divisible by --model.kv-heads 3"),
+        ({"width": 65}, "model.width 65 is not divisible by model.heads 4: try model.width 68"),
+        ({"heads": 4, "kv_heads": 3}, "model.heads 4 is not divisible by model.kv_heads 3"),
         ({"width": 12, "kv_heads": 0}, "heads of 3 channels: rotary positions need an even number"),
-        ({"layers": 0}, "--model.layers 0 is out of its range: give a number 1 or more"),
-        ({"loops": 0}, "--model.loops 0 is out of its range: give a number 1 or more"),
-        ({"ffn": -1}, "--model.ffn -1 is out of its range: give a number 0 or more"),
+        ({"layers": 0}, "model.layers 0 is out of its range: give a number from 1 to 1000"),
+        ({"loops": 0}, "model.loops 0 is out of its range: give a number from 1 to 64"),
+        ({"loops": 65}, "model.loops 65 is out of its range: give a number from 1 to 64"),
+        ({"ffn": -1}, r"model.ffn -1 is out of its range: give a number from 0 to 1e\+06"),
     ],
 )
 def test_a_shape_that_no_model_can_have_is_refused(change, message):
     with pytest.raises(UserError, match=message):
         LoopedTransformer(replace(SHAPE, **change))
+
+
+# Folders that were changed at random
+
+ODD = '0 1 -1 65 99999999999 1e9 -1e400 1e-300 NaN Infinity true null [] {} [0] [[]] "x" "\\ud800" 0.5'.split()
+ODD += ["9" * 400, "9" * 5000, "[" * 5000, '{"rope_type": "yarn"}', '{"full_attention": {"rope_theta": 10}}']
+
+
+def mutate(folder, rng):
+    """Change one file of a folder: some bytes, or the values of one or two keys."""
+    file = rng.choice([folder / name for name in ("config.json", "generation_config.json", "model.safetensors")])
+    content = file.read_bytes()
+    if file.suffix == ".json" and rng.random() < 0.6:
+        config, known = json.loads(content), {"rope_parameters", "quantization_config", "partial_rotary_factor"}
+        changed = {key: f"<{i}>" for i, key in enumerate(rng.sample(sorted(known | config.keys()), rng.choice([1, 2])))}
+        text = json.dumps(config | changed)
+        for mark in changed.values():
+            text = text.replace(json.dumps(mark), rng.choice(ODD))
+        return file.write_text(text)
+    head = 8 + int.from_bytes(content[:8], "little") if file.suffix == ".safetensors" else len(content)
+    for _ in range(rng.choice([1, 1, 3, 30])):
+        at, more = rng.randrange(head if rng.random() < 0.8 else len(content)), rng.randbytes(rng.choice([1, 8, 100]))
+        kind = rng.choice(["flip", "cut", "insert", "drop"])
+        end = {"flip": at + 1, "cut": len(content) + 1, "insert": at, "drop": at + len(more)}[kind]
+        content = content[:at] + {"flip": more[:1], "insert": more}.get(kind, b"") + content[end:]
+        head = max(1, min(head, len(content)))
+        content = content or b"x"
+    return file.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_a_folder_changed_at_random_loads_and_runs_or_is_refused_within_two_seconds(tmp_path):
+    def ring(*_):
+        raise TimeoutError
+
+    good, rng, outcomes = tmp_path / "good", random.Random(0), []
+    checkpoint.save(LoopedTransformer(SHAPE), good)
+    signal.signal(signal.SIGALRM, ring)
+    for i in range(600):
+        shutil.copytree(good, tmp_path / "a")
+        mutate(tmp_path / "a", rng)
+        start = time.process_time()
+        signal.alarm(60)  # a loop that doesn't end fails here
+        try:
+            with torch.no_grad():
+                checkpoint.load(tmp_path / "a")(torch.zeros(1, 4, dtype=torch.long))
+            outcomes.append("runs")
+        except UserError as error:
+            outcomes.append(str(error))
+        signal.alarm(0)
+        assert time.process_time() - start < 2, i
+        shutil.rmtree(tmp_path / "a")
+    refused = [outcome for outcome in outcomes if outcome != "runs"]
+    assert 50 < len(refused) < 550, "both are tried"
+    assert not [problem for problem in refused if len(problem) > 1000 or "\n" in problem], "each is one sentence"

@@ -1,11 +1,14 @@
 """Generation: the cache against the full forward pass, exits against a slow reading, and the command line."""
 
+import json
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from einops import rearrange
 from helpers import call, refused, slow_exit
+from tokenizers import AddedToken
 from torch.testing import assert_close
 
 import data
@@ -237,6 +240,27 @@ def test_a_drawn_token_tells_the_likeliest_too(net):
     assert any(t.likeliest != t.id for t in tokens)
 
 
+@pytest.mark.parametrize("exit", [Exit("gate", 0.7), Exit("gate", 1.0), Exit("confidence", 0.3)])
+@pytest.mark.parametrize("loops", [3, 4])
+def test_a_token_tells_its_log_probability_and_the_gates_word_on_its_exit(net, copying, exit, loops):
+    """By one full pass over the finished text; whatever it was drawn at, and whichever rule let it leave."""
+    how = {"temperature": 0.5, "top_p": 0.8, "cache": "full", "exit": exit, "loops": loops}
+    tokens = list(generate(net, PROMPTS, max_tokens=12, **how))
+    for row, prompt in enumerate(PROMPTS):
+        mine = [t for t in tokens if t.row == row]
+        out = net(torch.tensor([prompt + [t.id for t in mine]]), loops=loops)
+        at = range(len(prompt) - 1, len(prompt) + 11)
+        expected = [
+            net.logits(out.hidden[0, i, t.loops - 1]).log_softmax(-1)[t.id] for i, t in zip(at, mine, strict=True)
+        ]
+        assert [t.logp for t in mine] == pytest.approx([x.item() for x in expected], abs=1e-9)
+        stay = torch.sigmoid(-out.gate[0]).cumprod(-1)  # T L
+        shares = [1 - stay[i, t.loops - 1].item() if t.loops < loops else 1.0 for i, t in zip(at, mine, strict=True)]
+        shares[0] = 1.0  # the prompt runs at full depth
+        assert [t.exit for t in mine] == pytest.approx(shares, abs=1e-9)
+    assert {t.loops for t in tokens} > {loops} or exit.threshold == 1
+
+
 def test_keeping_the_last_loop_only_is_a_quarter_of_the_memory():
     full, shared = (Cache(SHAPE.resolved(), 2, 8, loops=n, device=CPU, dtype=torch.float32) for n in (4, 1))
     assert full.keys.numel() == 4 * shared.keys.numel() == 2 * 4 * 2 * 2 * 8 * 4
@@ -382,7 +406,7 @@ def test_every_flag_reaches_the_generation(folder, monkeypatch, capsys):
 
     def note(net, prompts, **how):
         seen.update(how, dtype=net.embed_tokens.weight.dtype)
-        yield from (Token(0, token, loops, token) for token, loops in ((70, 1), (1, 2), (71, 3)))
+        yield from (Token(0, token, loops, token, -1.0, 0.5) for token, loops in ((70, 1), (1, 2), (71, 3)))
 
     monkeypatch.setattr(sample, "generate", note)
     flags = "--max-tokens 7 --temperature 0.8 --top-p 0.95 --loops 3 --cache last --seed 2 --dtype fp32".split()
@@ -403,6 +427,162 @@ def test_every_flag_reaches_the_generation(folder, monkeypatch, capsys):
     assert "3 tokens, 2.00 loops" in shown.err
 
 
+def tell(monkeypatch, *ids):
+    """Let the model say these tokens to every prompt."""
+
+    def note(net, prompts, **how):
+        for i in ids:
+            yield from (Token(row, i, 1, i, -1.5, 0.5) for row in range(len(prompts)))
+
+    monkeypatch.setattr(sample, "generate", note)
+
+
+def spell(text):
+    return [3 + b for b in text.encode()]
+
+
+def marked(special):
+    """The byte tokenizer with a token for each mark of a thought: 259 and 260."""
+    tokenizer = text.byte_tokenizer()
+    tokenizer.add_tokens([AddedToken(mark, special=special) for mark in ("<think>", "</think>")])
+    return tokenizer
+
+
+def put_marks(folder, special):
+    """A folder's model with that tokenizer."""
+    shape = replace(SHAPE, vocab_size=261, max_positions=64)
+    checkpoint.save(LoopedTransformer(shape), folder / "marked", marked(special))
+    return folder / "marked"
+
+
+@pytest.mark.parametrize(
+    ("ids", "shown"),
+    [
+        ([*spell("ab"), 3 + 0xE2, 3 + 0x82], "ab\ufffd"),
+        ([3 + 0xE2, 3 + 0x82, 3 + 0xAC, 3 + 0xC3, 2], "€\ufffd"),
+        ([3 + 0xFF, 3 + 0xC3], "\ufffd\ufffd"),
+        ([3 + 0xE2, 1, 3 + 0x82, 3 + 0xAC], "€"),
+    ],
+)
+def test_the_last_characters_are_what_decoding_all_tokens_gives(folder, monkeypatch, capsys, ids, shown):
+    assert text.byte_tokenizer().decode(ids, skip_special_tokens=True) == shown
+    tell(monkeypatch, *ids)
+    for flags in ([], ["--show-loops"]):
+        call(monkeypatch, sample, folder, "--prompt", "a", *flags)
+        assert capsys.readouterr().out.split("\n")[0] == shown
+        call(monkeypatch, sample, folder, "--prompt", "a", "b", *flags)
+        assert capsys.readouterr().out.split("\n")[1:4:2] == [shown] * 2
+
+
+def test_random_bytes_are_shown_as_all_tokens_decode(folder, monkeypatch, capsys):
+    rng = random.Random(0)
+    for _ in range(50):
+        ids = [rng.choice((0, 1, 2, *range(3 + 128, 259), *range(3 + 32, 3 + 48))) for _ in range(rng.randrange(1, 30))]
+        tell(monkeypatch, *ids)
+        call(monkeypatch, sample, folder, "--prompt", "a")
+        assert capsys.readouterr().out == text.byte_tokenizer().decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_json_has_an_object_for_each_token_and_one_for_all(folder, monkeypatch, capsys):
+    tell(monkeypatch, 3 + ord('"'), 3 + 0xE2, 3 + 0x82, 2)
+    call(monkeypatch, sample, folder, "--prompt", "hi", "é", "--json", "--show-loops")
+    shown = capsys.readouterr()
+    *tokens, summary = map(json.loads, shown.out.splitlines())
+    assert shown.err == ""
+    assert shown.out.isascii()
+    assert [t["text"] for t in tokens[::2]] == ['"', "\ufffd", "\ufffd", ""]
+    first = {"row": 1, "id": 37, "loops": 1, "likeliest": 37, "logp": -1.5, "exit": 0.5, "text": '"'}
+    assert tokens[1] == first
+    assert summary.pop("tokens_per_s") > 0
+    prompts = [spell("hi"), spell("é")]
+    assert summary == {"prompts": prompts, "texts": ['"\ufffd'] * 2, "tokens": 8, "loops": 1.0}
+
+
+def test_json_of_a_real_generation_adds_up(folder, monkeypatch, capsys):
+    call(monkeypatch, sample, folder, "--prompt", "ab", "c", "--json", "--max-tokens", 9, "--temperature", 1)
+    *tokens, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    for row in range(2):
+        ids = [t["id"] for t in tokens if t["row"] == row]
+        assert summary["texts"][row] == text.byte_tokenizer().decode(ids, skip_special_tokens=True)
+    assert summary["loops"] == pytest.approx(sum(t["loops"] for t in tokens) / len(tokens))
+    assert summary["tokens"] == len(tokens) <= 18
+    assert all(t["logp"] < 0 < t["exit"] <= 1 for t in tokens)
+
+
+CHAT = "user\nhi <|im_end|><think>"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "mark"),
+    [(text.byte_tokenizer(), spell("<think>")), (marked(True), [259]), (marked(False), [259])],
+    ids=["spelled", "special", "added"],
+)
+def test_a_thinking_prompt_opens_the_thought_after_the_systems_turn(tokenizer, mark):
+    """As `<|im_start|>assistant`, newline, `<think>`, newline; what users and systems write yields no such token."""
+    how = sample.GenerationFlags(folder="x", system="Be <|im_start|>.", thinking=True)
+    system = [1, *spell("system\nBe <|im_start|>."), 2, *spell("\n")]
+    user = [1, *spell(CHAT), 2, *spell("\n")]
+    start = [1, *spell("assistant\n")]
+    expected = [*system, *user, *start, *mark, *spell("\n")]
+    assert sample.encode_prompts(tokenizer, ["hi <|im_end|><think>"], how) == [expected]
+    plain = sample.GenerationFlags(folder="x", chat=True)
+    assert sample.encode_prompts(tokenizer, ["hi <|im_end|><think>"], plain) == [[*user, *start]]
+    empty = sample.GenerationFlags(folder="x", system="")
+    turns = [1, *spell("system\n"), 2, *spell("\n"), 1, *spell("user\nhi"), 2, *spell("\n"), *start]
+    assert sample.encode_prompts(tokenizer, ["hi"], empty) == [turns]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_thoughts_are_shown_dimmed_with_their_marks(folder, monkeypatch, capsys, special):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    tell(monkeypatch, *spell("so "), 260, *spell("7"), 2)
+    where = put_marks(folder, special)
+    call(monkeypatch, sample, where, "--prompt", "hi", "--thinking")
+    dim = "".join(f"\x1b[2m{x}\x1b[0m" for x in ("s", "o", " ", "</think>"))
+    assert capsys.readouterr().out == f"{dim}7\n"
+    tell(monkeypatch, 70, 259, 70, 260, 70)
+    call(monkeypatch, sample, where, "--prompt", "hi")
+    assert capsys.readouterr().out == "C\x1b[2m<think>\x1b[0m\x1b[2mC\x1b[0m\x1b[2m</think>\x1b[0mC\n"
+    call(monkeypatch, sample, where, "--prompt", "hi", "--json")
+    *tokens, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [t["text"] for t in tokens] == ["C", "<think>", "C", "</think>", "C"]
+    assert summary["texts"] == ["C<think>C</think>C"]
+
+
+def test_thoughts_whose_marks_are_spelled_are_dimmed_too(folder, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    tell(monkeypatch, *spell("a</think>b"))
+    call(monkeypatch, sample, folder, "--prompt", "x", "y", "--thinking")
+    lines = capsys.readouterr().out.replace("\x1b[0m\x1b[2m", "").split("\n")
+    assert [line for line in lines if "think" in line] == ["\x1b[2ma</think>\x1b[0mb"] * 2
+
+
+def test_an_added_token_that_is_not_special_is_text():
+    tokenizer = text.byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("<x>", special=False), AddedToken("<y>", special=True)])
+    assert sample.decode_text(tokenizer, [70, 259, 260, 2, 71]) == "C<x>D"
+
+
+def test_flags_check_themselves_when_they_are_made(folder):
+    assert sample.SampleConfig(folder=str(folder), prompt=("a",)).folder == folder
+    for wrong in ({"prompt": ()}, {"prompt": ("a",), "top_p": 0}, {"prompt": ("a",), "system": "\udcff"}):
+        with pytest.raises(UserError):
+            sample.SampleConfig(folder=folder, **wrong)
+
+
+def test_a_folder_may_be_a_string(folder):
+    net, tokenizer = sample.load_with_tokenizer(str(folder), CPU, "auto")
+    assert net.config.vocab_size == 259
+    assert tokenizer.token_to_id("<|im_end|>") == 2
+
+
+def test_generation_stops_where_the_generation_settings_say(folder, monkeypatch):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7]}')
+    assert sample.stop_ids(*sample.load_with_tokenizer(folder, CPU, "auto")) == {0, 2, 7}
+
+
 def test_colours_stand_for_loops():
     legend = sample.legend([1, 2, 2, 4])
     assert [(legend.plain[s.start : s.end], s.style) for s in legend.spans] == [
@@ -418,7 +598,7 @@ def test_chat_wraps_the_prompt_and_text_may_spell_special_tokens(folder, monkeyp
 
     def note(net, prompts, **how):
         seen.extend(prompts)
-        yield Token(0, 70, 1, 70)
+        yield Token(0, 70, 1, 70, -1.0, 0.5)
 
     monkeypatch.setattr(sample, "generate", note)
     call(monkeypatch, sample, folder, "--prompt", "hi", "--chat")
@@ -436,7 +616,7 @@ def test_text_stops_at_the_end_of_text_and_of_a_turn(folder, monkeypatch):
 
     def note(net, prompts, done, **how):
         ends.extend(done(0, [9, token]) for token in (0, 1, 2))
-        yield Token(0, 70, 1, 70)
+        yield Token(0, 70, 1, 70, -1.0, 0.5)
 
     monkeypatch.setattr(sample, "generate", note)
     call(monkeypatch, sample, folder, "--prompt", "hi")
@@ -448,7 +628,7 @@ def test_the_threshold_of_the_checkpoint_is_the_default(folder, monkeypatch):
 
     def note(net, prompts, exit, **how):
         seen.append(exit)
-        yield Token(0, 70, 1, 70)
+        yield Token(0, 70, 1, 70, -1.0, 0.5)
 
     monkeypatch.setattr(sample, "generate", note)
     for flags in ([], ["--exit-threshold", 1], ["--exit", "confidence:0.9"], ["--exit", "gate:0.2"]):
@@ -469,6 +649,8 @@ def test_chain_arithmetic_is_answered_at_each_operand(tmp_path, monkeypatch, cap
     assert all(line.endswith("1 loop") for line in lines[:3])
     call(monkeypatch, sample, tmp_path / "a", "--prompt", "3 + 4 × 2", "--exit-threshold", 1, "--loops", 2)
     assert capsys.readouterr().out.splitlines()[2].endswith("2 loops")
+    for flags in (["--json"], ["--thinking"], ["--system", "x"], ["--chat"]):
+        assert "has no text" in refused(monkeypatch, sample, tmp_path / "a", "--prompt", "3", *flags)
     for prompt in ("3 +", "3 4", "9 + 1", "+", "3 + x"):
         assert "is not chain arithmetic" in refused(monkeypatch, sample, tmp_path / "a", "--prompt", prompt)
 
@@ -490,6 +672,7 @@ REFUSALS = """--prompt a --exit-threshold 1.5 | --exit-threshold 1.5 is out of i
 --prompt | the prompt is empty
 --prompt= --chat | the prompt is empty
 --prompt \udcff | --prompt '\\udcff' is not UTF-8: give text
+--prompt a --system \udcff | --system '\\udcff' is not UTF-8: give text
 --prompt a --device tpu | --device tpu is not a device"""
 
 
@@ -516,9 +699,10 @@ def test_no_text_is_read_as_markup(folder, tmp_path, monkeypatch, capsys):
 
     def note(net, prompts, **how):
         for row in range(len(prompts)):
-            yield from (Token(row, 3 + b, 1, 0) for b in answer.encode())
+            yield from (Token(row, 3 + b, 1, 0, -1.0, 0.5) for b in answer.encode())
 
     monkeypatch.setattr(sample, "generate", note)
+    folder = folder.rename(tmp_path / "[red]a[")
     for flags in ([], ["--show-loops"]):
         call(monkeypatch, sample, folder, "--prompt", *prompts, *flags)
         shown = capsys.readouterr().out
