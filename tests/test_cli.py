@@ -89,10 +89,10 @@ def test_the_log_has_a_line_for_every_step(run):
     assert lines[-1].keys() == terms | every | {"memory_gib", "mfu"}
     assert lines[0].keys() == every | {"last_ce", "memory_gib", "mfu"}
     assert lines[0]["loss"] > 1.3 > lines[499]["loss"]
-    rates = [lines[i]["lr"] for i in (0, 14, 15, 499, 500, 504, 649)]  # 15 steps of warm-up, then 4 or 5 of 150
-    falls = [3e-3 * (0.5 + 0.5 * math.cos(math.pi * n / 486)) for n in (1, 485)]
-    assert rates[:4] == pytest.approx([3e-3 / 15, 3e-3, *falls])
-    assert rates[4:] == pytest.approx([2e-3 / 4, 2e-3 * (0.5 + 0.5 * math.cos(math.pi / 147)), lines[-1]["lr"]])
+    rates = [lines[i]["lr"] for i in (0, 19, 20, 499, 500, 519, 520)]  # 20 steps of warm-up, then as many of 150
+    falls = [3e-3 * (0.5 + 0.5 * math.cos(math.pi * n / 481)) for n in (1, 480)]
+    assert rates[:4] == pytest.approx([3e-3 / 20, 3e-3, *falls])
+    assert rates[4:] == pytest.approx([2e-3 / 20, 2e-3, 2e-3 * (0.5 + 0.5 * math.cos(math.pi / 131))])
     assert 0 < lines[-1]["lr"] < 1e-6
 
 

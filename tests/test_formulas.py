@@ -374,8 +374,12 @@ def test_mean_loop_counts_from_one():
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():
-    factors = [runs.lr_factor(step, 100, 0.03) for step in range(100)]
-    assert factors[:3] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert all(a >= b for a, b in itertools.pairwise(factors[2:]))
+    factors = [runs.lr_factor(step, 1000, 0.03) for step in range(1000)]
+    assert factors[:30] == pytest.approx([(step + 1) / 30 for step in range(30)])
+    assert all(a >= b for a, b in itertools.pairwise(factors[29:]))
     assert 0 < factors[-1] < 0.01
     assert runs.lr_factor(0, 1, 0.0) == 1
+    short = [runs.lr_factor(step, 10, 0.03) for step in range(10)]
+    assert short == pytest.approx([(step + 1) / 20 for step in range(10)]), (
+        "20 steps at least, even if they are not done"
+    )
