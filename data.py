@@ -192,9 +192,10 @@ class Documents:
             generator = seeded(self.seed, "epoch", epoch)
             rows = torch.randperm(len(self.rows), generator=generator)
             batches = []
-            for pool in rows.tensor_split(math.ceil(len(rows) / (self.size * self.pool))):
-                pool = pool[self.lengths[pool].argsort(stable=True)]
-                batches += pool.tensor_split(math.ceil(len(pool) / self.size))
+            chunks = rows.tensor_split(math.ceil(len(rows) / self.size))
+            for some in (chunks[i : i + self.pool] for i in range(0, len(chunks), self.pool)):
+                pool = torch.cat(some)
+                batches += pool[self.lengths[pool].argsort(stable=True)].split([*map(len, some)])
             self.epoch = epoch, [batches[i] for i in torch.randperm(len(batches), generator=generator)]
         return self.epoch[1]
 

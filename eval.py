@@ -336,10 +336,10 @@ def main() -> None:
     for folder, shape in zip(config.models, shapes, strict=True):
         settings = settings.within(shape.max_positions, folder)
         if shape.vocab_size != shapes[0].vocab_size:
-            problem = (
-                f"{folder} has a vocabulary of {shape.vocab_size}, {config.models[0]} one of {shapes[0].vocab_size}"
+            problem = f"{folder} has a vocabulary of {shape.vocab_size}, {config.models[0]} one of"
+            raise UserError(
+                f"{problem} {shapes[0].vocab_size}: only models of one tokenizer can be compared token by token"
             )
-            raise UserError(f"{problem}: only models of one tokenizer can be compared token by token")
     tokenizer, rows = data.pick_tokenizer(config.data, config.models[0]), None
     if config.data.path:
         rows, notes = data.encode(config.data.path, tokenizer, settings)

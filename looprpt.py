@@ -100,7 +100,7 @@ class GateConfig(ranges.Checked, group="gate."):
 
 @dataclass(frozen=True)
 class RPTConfig(ranges.Checked, group="rpt."):
-    """LoopRPT. These are the values as published; `RECIPES` has the others."""
+    """LoopRPT. The defaults are those of --recipe paper; in brackets, those of --recipe dense."""
 
     steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 300 of chain arithmetic)
     lr: LearningRate = None  # peak learning rate (none: by the model's size)
@@ -130,7 +130,7 @@ class RPTConfig(ranges.Checked, group="rpt."):
         super().check()
         if self.estimator == "sampled" and self.rollouts < 2:
             problem = f"--rpt.rollouts {self.rollouts} gives no group to compare"
-            raise UserError(f"{problem}: the sampled estimator needs 2 or more, or use --rpt.estimator exact")
+            raise UserError(f"{problem}: give --rpt.rollouts 8, or --rpt.estimator exact")
 
 
 DENSE = {"estimator": "exact", "rollouts": 1, "noise_std": 0.0, "rho": 1.0, "lambda_base": 0.05}
@@ -544,8 +544,6 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
     and a function that logs how they compare"""
     folder, (rank, world) = config.folder, processes.rank_and_world()
     done = tuple(stage for stage in config.objective if (folder / FOLDER[stage]).exists())
-    for stage in done:
-        runs.require_undone(folder, stage, getattr(config, stage).steps)
     shape, given = model_shape(config, tokenizer), ranges.flatten_config(config)
     config = sizes.fill_in(config, shape, rows, device)
     chosen = {name: x for name, x in ranges.flatten_config(config).items() if x != given[name]}
@@ -660,7 +658,8 @@ def parse(args: Sequence[str] | None = None) -> Config:
         saved = replace(saved, resume=True, out=folder)
         config = replace(tyro.cli(Config, default=saved, args=args), out=folder)
         given, kept = (ranges.flatten_config(c) for c in (config, saved))
-        kept = {name: value for name, value in kept.items() if name.startswith(RESUME_FIXED)}
+        fixed = RESUME_FIXED + tuple(f"{stage}." for stage in saved.objective if (folder / FOLDER[stage]).exists())
+        kept = {name: value for name, value in kept.items() if name.startswith(fixed)}
         ranges.require_same(given, kept, f"the run in {folder}")
     else:
         shape = checkpoint.load_config(config.init) if config.init else ModelConfig()

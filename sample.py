@@ -7,6 +7,7 @@ the weights are the same in every loop, so a row that leaves early starts its ne
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import data
-from model import LoopedTransformer, ModelConfig, exit_cdf
+from model import MAX_LOOPS, LoopedTransformer, ModelConfig, exit_cdf
 from support import checkpoint, text
 from support.ranges import Checked, NonNegativeFloat, Positive, PositiveShare, Range, unchecked
 from support.runtime import DTYPES, Precision, UserError, pick_device, run_cli, seeded
@@ -255,7 +256,7 @@ class GenerationFlags(Checked):
     # leave when the gate's cumulative probability reaches it; 0: first loop, 1: all loops (none: checkpoint's)
     exit_threshold: Annotated[float | None, Range(0, 1)] = None
     exit: str | None = None  # another rule: confidence:0.9 leaves when a token is that probable
-    loops: Annotated[int | None, Range(1)] = None  # the most loops for a token (none: the checkpoint's)
+    loops: Annotated[int | None, Range(1, MAX_LOOPS)] = None  # the most loops for a token (none: the checkpoint's)
     cache: CacheRule = "copy"  # deeper loops of a token that left: a copy of its last; the last only; or all loops run
     chat: bool = False  # prompts as ChatML: each is a user's turn
     system: str | None = None  # a system's turn before it; implies --chat
@@ -305,6 +306,13 @@ def load_with_tokenizer(folder: str | Path, device, dtype: Precision = "auto") -
     return net.eval(), text.pick_tokenizer("auto", folder, text.byte_tokenizer())
 
 
+def load_for(config: GenerationFlags) -> tuple[LoopedTransformer, Tokenizer]:
+    net, tokenizer = load_with_tokenizer(config.folder, pick_device(config.device), config.dtype)
+    if (config.loops or 0) > net.config.loops:
+        print(f"{config.folder} was trained with {net.config.loops} loops, --loops is {config.loops}", file=sys.stderr)
+    return net, tokenizer
+
+
 def stop_ids(net: LoopedTransformer, tokenizer: Tokenizer) -> set[int]:
     """End of text, by the configuration and by the tokenizer, and the end of a turn."""
     eos = net.config.eos_token_id
@@ -343,7 +351,7 @@ def main() -> None:
     with unchecked():
         config = tyro.cli(SampleConfig, description=__doc__)
     config.check()
-    net, tokenizer = load_with_tokenizer(config.folder, pick_device(config.device), config.dtype)
+    net, tokenizer = load_for(config)
     exit = config.exit_rule(net.config.exit_threshold)
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     if data.is_chain(tokenizer):

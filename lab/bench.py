@@ -1,11 +1,10 @@
 """How fast it is: ratios within one run, with random weights of a known shape or a checkpoint.
 
 python -m lab.bench decode                           what early exits save, one prompt; or DIR --batch 16
-python -m lab.bench plan --shape ouro-2.6b --gpus 8  memory and time of training, before it is tried
+python -m lab.bench plan --shape ouro-2.6b --gpus 8  memory of training, before it is tried
 python -m lab.bench rpt                              a LoopRPT step beside a naive reading of the paper
 """
 
-import math
 import os
 import time
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ import looprpt
 import sample
 from model import LoopedTransformer, ModelConfig, exit_logpdf
 from support import checkpoint, runtime, sizes
-from support.ranges import AtLeastTwo, Checked, Positive, PositiveFloat, PositiveShare, Range, unchecked
+from support.ranges import AtLeastTwo, Checked, Positive, Range, unchecked
 from support.runs import Stage, make_optimizer
 from support.runtime import Precision, UserError, console
 
@@ -127,32 +126,23 @@ class PlanConfig(Checked):
     objective: Stage = "rpt"  # what is trained
     recompute: bool = True  # compute each layer's activations again in the backward pass, as --train.recompute
     rows: Positive = 1  # rows of a forward pass of one GPU, as --train.micro-batch
-    batch: Positive = 64  # rows in a step, over all GPUs
     length: Positive = 4096  # tokens in a row
     recipe: Literal["paper", "dense"] = "paper"  # of LoopRPT
-    peak: PositiveFloat = 989.0  # a GPU's bfloat16 teraflops, by its vendor (989: H100, H200)
-    mfu: PositiveShare = 0.4  # share of it that is reached: measure it, log.jsonl has it; this is a guess
 
 
 def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
-    """Computed, not measured: GiB on each GPU at the peak of a step without torch.compile, and its seconds by --mfu."""
+    """Computed, not measured: GiB on each GPU at the peak of a step without torch.compile."""
     config.check()
-    if not config.gpus:
-        raise UserError("--gpus came without a number: give one or more")
-    c, tokens = SHAPES[config.shape].resolved(), torch.ones(config.batch, config.length, dtype=torch.bool)
+    c, cells = SHAPES[config.shape].resolved(), []
     cfg = looprpt.RECIPES[config.recipe] if config.objective == "rpt" else None
     how = {"rows": config.rows, "length": config.length, "bf16": True, "recompute": config.recompute}
-    flops, cells = runtime.step_flops(config.objective, c, cfg, data.Batch(tokens, tokens, tokens)), []
     for gpus in config.gpus:
         bytes_of = sizes.step_memory(config.objective, c, cfg, shards=min(gpus, config.per_machine), **how)
-        passes = math.ceil(config.batch / (gpus * config.rows))  # some GPUs may idle
-        seconds = flops * passes * config.rows / config.batch / (config.peak * 1e12 * config.mfu)
         gib = (size / 2**30 for size in (*bytes_of.values(), sum(bytes_of.values())))
-        cells.append([str(gpus), *(f"{x:.1f}" for x in gib), f"{seconds:.2f}"])
-    title = f"{config.objective}, {config.shape}, sharded: GiB per GPU"
-    runtime.print_table(title, ("GPUs", *bytes_of, "all", "s/step"), cells, left=0)
+        cells.append([str(gpus), *(f"{x:.1f}" for x in gib)])
+    title = f"{config.objective} ({config.recipe}), {config.shape}, sharded: GiB per GPU"
+    runtime.print_table(title, ("GPUs", *bytes_of, "all"), cells, left=0)
     cache = 2 * c.layers * c.loops * c.kv_heads * c.head_dim * 2 // 2**10
-    console.print(f"{config.batch} rows of {config.length} tokens a step, {config.rows} at once; --mfu is a guess.")
     console.print(f"Generation's cache in bf16: {cache} KiB a token, {cache // c.loops} with --cache last.")
 
 

@@ -24,8 +24,9 @@ from support.runtime import UserError, console
 
 # What a task may ask for besides `until` and `do_sample`; the last ones change nothing at these values
 ASKED = {key: Range(1) for key in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")}
-ASKED |= {"temperature": Range(0), "top_p": Range(0, 1), "top_k": Range(-1, 0), "min_p": Range(0, 0)}
-ASKED |= {key: Range(1, 1) for key in ("typical_p", "num_beams", "repetition_penalty")}
+ASKED |= {"temperature": Range(0), "top_p": Range(0, 1), "top_k": Range(-1, 0)}
+ASKED |= {key: Range(0, 0) for key in ("min_p", "frequency_penalty", "presence_penalty")}
+ASKED |= {key: Range(1, 1) for key in ("typical_p", "num_beams", "repetition_penalty", "length_penalty")}
 SHIELD = "\ufdd0"  # around text that spells a token and must not become it; Unicode has no such character
 
 
@@ -53,7 +54,7 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    split = [re.compile(f"({'|'.join(map(re.escape, kinds))})").split for kinds in (added, added & text.CONTROL)]
+    control = re.compile(f"({'|'.join(map(re.escape, sorted(added & text.CONTROL)))})")
     stops, device, most = sample.stop_ids(net, tokenizer), net.embed_tokens.weight.device, net.config.max_positions
 
     def score_at_exit(hidden: torch.Tensor, gate: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -71,9 +72,12 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
             return [id for i, part in parts for id in text.tokenize(tokenizer, [part], special=i % 2 == 0)[0]]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            turns = [(m["role"], SHIELD.join(split[m["role"] == "assistant"](m["content"]))) for m in chat_history]
-            turns += [("assistant", f"{THINK}\n" * config.thinking)] * add_generation_prompt
-            return f"{text.IM_END}\n".join(f"{text.IM_START}{role}\n{content}" for role, content in turns)
+            turns = []
+            for role, content in ((m["role"], m["content"].replace(SHIELD, "")) for m in chat_history):
+                told = SHIELD.join(control.split(content)) if role == "assistant" else f"{content}{SHIELD}"
+                turns.append(f"{role}\n{told}" if role == "assistant" else f"{SHIELD}{role}\n{told}")
+            turns += ["assistant\n" + f"{THINK}\n" * config.thinking] * add_generation_prompt
+            return f"{text.IM_END}\n".join(f"{text.IM_START}{turn}" for turn in turns)
 
         def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             self.asked = [request.task_name for request in requests]
@@ -159,7 +163,7 @@ def main() -> None:
         import lm_eval.tasks
     except ImportError as error:
         raise UserError(f"the harness is not installed ({error}): pip install lm_eval") from error
-    net, tokenizer = sample.load_with_tokenizer(config.folder, runtime.pick_device(config.device), config.dtype)
+    net, tokenizer = sample.load_for(config)
     if text.eos_id(tokenizer) is None:
         raise UserError(f"{config.folder} was not trained on text: its tokenizer has no end of text, give another")
     sample.encode_prompts(tokenizer, [""], config)  # refuses chats where the tokenizer lacks their tokens

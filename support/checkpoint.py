@@ -146,10 +146,14 @@ def save(model: LoopedTransformer, folder: str | Path, tokenizer=None, *, dtype=
             write_json(temporary / name, content | {"eos_token_id": eos})
         if tokenizer is not None:
             tokenizer.save(str(temporary / "tokenizer.json"))
+        if known:
             settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
             settings["model_input_names"] = ["input_ids", "attention_mask"]
-            settings["eos_token"] = settings["pad_token"] = None if first is None else tokenizer.id_to_token(first)
-            write_json(temporary / "tokenizer_config.json", settings | ({"chat_template": CHATML} if is_chat else {}))
+            settings["eos_token"] = settings["pad_token"] = None if first is None else known.id_to_token(first)
+            settings |= {"chat_template": CHATML} if is_chat and "chat_template.jinja" not in files else {}
+            if tokenizer is None and "tokenizer_config.json" in files:  # what the source says comes first
+                settings |= read_json(files["tokenizer_config.json"])
+            write_json(temporary / "tokenizer_config.json", settings)
 
 
 def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:

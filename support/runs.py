@@ -218,14 +218,6 @@ def require_free(folder: Path, *, resume: bool) -> None:
         raise UserError(f"{problem}: nothing saved is overwritten, give another, or --resume")
 
 
-def require_undone(folder: Path, stage: Stage, steps: int) -> None:
-    """Raises UserError if a stage that is done has done fewer steps than it should: nothing saved is overwritten."""
-    done = max((x["step"] for x in read_log(folder / "log.jsonl") if x["stage"] == stage), default=steps)
-    if done < steps:
-        problem = f"--{stage}.steps {steps} is more than the {done} that {folder / FOLDER[stage]} was trained for"
-        raise UserError(f"{problem}: leave the flag out, or start another run with --init {folder / FOLDER[stage]}")
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder; one that ends, however it does, lets them in. Raises UserError if one
@@ -254,12 +246,15 @@ def open_run(folder: Path, config, student: LoopedTransformer, world: int, chose
     if not is_writer():
         return record
     files = {name: getattr(config.data, name) or "" for name in ("path", "val", "tokenizer")}
+    if config.init and config.data.tokenizer == "auto":
+        files["tokenizer"] = config.init / "tokenizer.json"
     record |= {"sha256": {name: checksum(x) for name, x in files.items() if os.path.isfile(x)}, "starts": []}
     for stage, name in FOLDER.items():  # what saves that were cut off left
         for leftover in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f"state/.{stage}-*.tmp")):
             shutil.rmtree(leftover)
-    if config.resume and (folder / "run.json").exists():  # the flags stay those of the first start
-        now, record = record["sha256"], record | checkpoint.read_json(folder / "run.json")
+    if config.resume and (folder / "run.json").exists():
+        now, old = record, checkpoint.read_json(folder / "run.json")
+        record, now = record | old | {"config": now["config"] | {"resume": False}}, now["sha256"]
         for name in [name for name in now if now[name] != record["sha256"].get(name, now[name])]:
             problem = f"--data.{name} {files[name]} has changed since the run began"
             raise UserError(f"{problem}: restore the file, or begin another run")

@@ -35,8 +35,12 @@ def run_cli(main: Callable[[], None], *, distributed: bool = False) -> None:
     """Run a script, or one of several processes; end with one sentence and exit status 1 on a user's mistake."""
     problem, rank = None, os.environ.get("RANK", "0")
     who = "error" if rank == "0" else f"error on process {rank}"
+    with suppress(AttributeError):  # a test's output has no encoding
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
         problem = f"{who}: {error.args[0]}"
     except RuntimeError as error:

@@ -158,7 +158,5 @@ def require_memory(config, shape: ModelConfig, rows, device: torch.device, done:
         for change, words in ways:
             if gib(stage, **change) <= free:
                 raise UserError(f"{problem}: give {words}")
-        least = gib(stage, **small, length=min([length, *shorter]))
-        raise UserError(
-            f"{problem}: with shorter rows, one at a time and recomputed, {least:.1f}: take a larger machine"
-        )
+        least, cut = gib(stage, **small, length=min([length, *shorter])), "with shorter rows, " if shorter else ""
+        raise UserError(f"{problem}: {cut}one at a time and recomputed, {least:.1f}: take a larger machine")

@@ -88,8 +88,6 @@ def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
         ("decode --device tpu", "--device tpu is not a device"),
         ("decode --out other.json", "--out other.json is there already"),
         ("plan --gpus 0", "--gpus 0 is out of its range: give a number from 1 to 1024"),
-        ("plan --gpus", "--gpus came without a number"),
-        ("plan --mfu 0", "--mfu 0.0 is out of its range: give a number above 0, at most 1"),
         ("plan --rows 0", "--rows 0 is out of its range"),
         ("rpt --rows -1", "--rows -1 is out of its range"),
         ("rpt --length 1", "--length 1 is out of its range: give a number 2 or more"),
@@ -110,7 +108,7 @@ def test_the_plan_shows_the_memory_of_a_step(monkeypatch, capsys):
     few = ["--shape", "ouro-1.4b", "--gpus", 1, 8, 1024]
     call(monkeypatch, bench, "plan", *few)
     shown = capsys.readouterr().out
-    cells = {line.split()[0]: line.split()[1:-1] for line in shown.splitlines() if line.strip()[:1].isdecimal()}
+    cells = {line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.strip()[:1].isdecimal()}
     cfg, how = looprpt.RECIPES["paper"], {"rows": 1, "length": 4096, "bf16": True}
     for gpus, shards in (("1", 1), ("8", 8), ("1024", 8)):
         parts = sizes.step_memory("rpt", bench.SHAPES["ouro-1.4b"], cfg, **how, recompute=True, shards=shards)
