@@ -133,8 +133,7 @@ class PlanConfig(Checked):
 def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     """Computed, not measured: GiB on each GPU at the peak of a step without torch.compile."""
     config.check()
-    c, cells = SHAPES[config.shape].resolved(), []
-    cfg = looprpt.RECIPES[config.recipe] if config.objective == "rpt" else None
+    c, cfg, cells = SHAPES[config.shape].resolved(), looprpt.RECIPES[config.recipe], []
     how = {"rows": config.rows, "length": config.length, "bf16": True, "recompute": config.recompute}
     for gpus in config.gpus:
         bytes_of = sizes.step_memory(config.objective, c, cfg, shards=min(gpus, config.per_machine), **how)

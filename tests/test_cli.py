@@ -335,7 +335,7 @@ def test_eval_refuses_what_it_cannot_compare(run, tmp_path, monkeypatch):
     folder = tmp_path / "text" / "base"
     for args, expected in (
         ([tmp_path / "none"], "none is not a checkpoint folder"),
-        ([run / "base", folder], "only models of one tokenizer can be compared token by token"),
+        ([run / "base", folder], "only models of one tokenizer can be compared"),
         ([folder], "was trained on text, not on the built-in chain arithmetic: give --data.path"),
         ([folder, "--data.path", tmp_path / "a.txt", "--data.val", tmp_path / "a.txt"], "is for training"),
         ([run / "base", "--batch", -1], "--batch -1 is out of its range: give a number 0 or more"),
