@@ -565,6 +565,9 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
                 run.saved = f"the last good checkpoint is {[*models.values()][-1]}"
             if state:
                 runs.restore(run, state, steps)
+            if rank == 0:  # with flags that a resume has changed
+                record["config"] = asdict(config) | {"resume": False}
+                checkpoint.write_json(folder / "run.json", record)
 
             # Train
             save = partial(runs.save_run, folder=folder, objective=config.objective, keep=config.train.keep)
@@ -605,8 +608,7 @@ def first_student(config: Config, shape: ModelConfig, done: Sequence[Stage], dev
 def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
     if config.init:
         return config.model.resolved()
-    ids = {"vocab_size": text.vocab_size(tokenizer), "eos_token_id": text.eos_id(tokenizer)}
-    return replace(config.model, **ids).resolved()
+    return replace(config.model, vocab_size=text.vocab_size(tokenizer), eos_token_id=text.eos_id(tokenizer)).resolved()
 
 
 # The command line

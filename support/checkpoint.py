@@ -54,7 +54,7 @@ PUBLISHED |= {"AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM"}
 FOR_OTHERS["auto_map"] = {kind: f"ByteDance/Ouro-1.4B--{name}" for kind, name in PUBLISHED.items()}
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # larger checkpoints are split
-GENERATION = "generation_config.json"
+GENERATION, SETTINGS = "generation_config.json", "tokenizer_config.json"
 COMPANIONS = f"""{GENERATION} tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     merges.txt chat_template.jinja""".split()  # what else a folder holds, copied as it is
 EOS, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"  # the last two are ChatML's
@@ -151,9 +151,9 @@ def save(model: LoopedTransformer, folder: str | Path, tokenizer=None, *, dtype=
             settings["model_input_names"] = ["input_ids", "attention_mask"]
             settings["eos_token"] = settings["pad_token"] = None if first is None else known.id_to_token(first)
             settings |= {"chat_template": CHATML} if is_chat and "chat_template.jinja" not in files else {}
-            if tokenizer is None and "tokenizer_config.json" in files:  # what the source says comes first
-                settings |= read_json(files["tokenizer_config.json"])
-            write_json(temporary / "tokenizer_config.json", settings)
+            own = read_json(files[SETTINGS]) if tokenizer is None and SETTINGS in files else {}
+            if settings.keys() - own.keys():  # what the source says comes first
+                write_json(temporary / SETTINGS, settings | own)
 
 
 def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
@@ -316,8 +316,6 @@ def export(source: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], 
         source: checkpoint folder to read.
         out: folder to write.
         dtype: precision of the weights in the file."""
-    if Path(out).exists():  # said before a large model is read
-        raise UserError(f"{out} is there already: nothing saved is overwritten, give another folder")
     model = load(source, dtype=DTYPES[dtype])
     save(model, out, source=source)
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {dtype}, from {source}")

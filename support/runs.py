@@ -253,8 +253,7 @@ def open_run(folder: Path, config, student: LoopedTransformer, world: int, chose
         for leftover in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f"state/.{stage}-*.tmp")):
             shutil.rmtree(leftover)
     if config.resume and (folder / "run.json").exists():
-        now, old = record, checkpoint.read_json(folder / "run.json")
-        record, now = record | old | {"config": now["config"] | {"resume": False}}, now["sha256"]
+        now, record = record["sha256"], record | checkpoint.read_json(folder / "run.json")
         for name in [name for name in now if now[name] != record["sha256"].get(name, now[name])]:
             problem = f"--data.{name} {files[name]} has changed since the run began"
             raise UserError(f"{problem}: restore the file, or begin another run")

@@ -105,7 +105,7 @@ def describe(config, shape: ModelConfig, chosen: dict[str, object]) -> list[str]
         values = ", ".join(f"{name} {value}" for name, value in asdict(config.rpt).items())
         lines.append(f"LoopRPT ({config.recipe}): {values}")
     if chosen:
-        lines.append(f"chosen by size: {' '.join(map(ranges.flag, chosen, chosen.values()))}")
+        lines.append(f"chosen, where no flag was given: {' '.join(map(ranges.flag, chosen, chosen.values()))}")
     for stage in config.objective:
         cfg = getattr(config, stage)
         if cfg.lr > 10 * (rule := peak_lr(stage, cfg, shape)):

@@ -262,7 +262,7 @@ RANGES = """--model.width 65 | --model.width 65 is not divisible by --model.head
 --model.loops 1 | --model.loops 1 leaves rpt no exit to learn: give 2 or more loops
 --model.loops 0 --objective pretrain | --model.loops 0 is out of its range: give a number from 1 to 64
 --model.loops 65 | --model.loops 65 is out of its range: give a number from 1 to 64
---rpt.rollouts 1 | --rpt.rollouts 1 gives no group to compare: the sampled estimator needs 2 or more
+--rpt.rollouts 1 | --rpt.rollouts 1 gives no group to compare: give --rpt.rollouts 8
 --rpt.rollouts 0 | --rpt.rollouts 0 is out of its range: give a number 1 or more
 --rpt.rho 0 | --rpt.rho 0.0 is out of its range: give a number above 0, at most 1
 --rpt.rho 1.1 | --rpt.rho 1.1 is out of its range

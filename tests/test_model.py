@@ -212,8 +212,10 @@ def test_export_keeps_bf16_bit_for_bit_and_copies_what_stands_beside(tmp_path, m
     checkpoint.save(net, tmp_path / "a", dtype=torch.bfloat16)
     (tmp_path / "a" / "tokenizer.json").write_text(byte_tokenizer().to_str() + "\n\n")
     (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": [0, 2], "temperature": 0.6}')
-    for name in ("tokenizer_config.json", "chat_template.jinja", "modeling_ouro.py"):
+    for name in ("chat_template.jinja", "modeling_ouro.py"):
         (tmp_path / "a" / name).write_text(f"{{}}  {name}")
+    settings = ("tokenizer_class", "clean_up_tokenization_spaces", "model_input_names", "eos_token", "pad_token")
+    (tmp_path / "a" / "tokenizer_config.json").write_text(json.dumps(dict.fromkeys(settings)) + "  ")
     for source, dtype, out in (("a", "bf16", "b"), ("a", "fp32", "c"), ("c", "bf16", "d")):
         call(monkeypatch, checkpoint, "export", tmp_path / source, tmp_path / out, "--dtype", dtype)
     c = load_file(tmp_path / "c" / "model.safetensors")
@@ -438,7 +440,9 @@ def test_files_of_the_source_stay_but_a_turns_end_joins_their_ends(tmp_path):
     (tmp_path / "old" / "tokenizer_config.json").write_text('{"chat_template": "theirs"}')
     net = LoopedTransformer(replace(SHAPE, vocab_size=259))
     checkpoint.save(net, tmp_path / "a", source=tmp_path / "old")
-    assert (tmp_path / "a" / "tokenizer_config.json").read_text() == '{"chat_template": "theirs"}'
+    settings = read(tmp_path / "a", "tokenizer_config.json")
+    assert settings["chat_template"] == "theirs"
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"], "what is missing is filled in"
     generation = {"bos_token_id": 0, "pad_token_id": 0, "eos_token_id": [0, 2]}
     assert read(tmp_path / "a", "generation_config.json") == generation, "written, as there was none"
     (tmp_path / "old" / "generation_config.json").write_text('{"eos_token_id": 0, "top_p": 0.7}')
@@ -481,6 +485,7 @@ def test_a_new_tokenizer_takes_only_the_generation_settings_along(tmp_path):
     for name in checkpoint.COMPANIONS:
         (tmp_path / "old" / name).write_text("old")
     (tmp_path / "old" / "generation_config.json").write_text('{"top_p": 0.7}')
+    (tmp_path / "old" / "tokenizer_config.json").write_text("{}")
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a", byte_tokenizer(), source=tmp_path / "old")
     assert not [p for p in (tmp_path / "a").iterdir() if p.read_bytes() == b"old"]
     assert read(tmp_path / "a", "generation_config.json") == {"top_p": 0.7, "eos_token_id": [0, 2]}
@@ -488,7 +493,7 @@ def test_a_new_tokenizer_takes_only_the_generation_settings_along(tmp_path):
         checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "b", source=tmp_path / "old")
     (tmp_path / "old" / "tokenizer.json").write_text(chain_tokenizer().to_str())
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "b", source=tmp_path / "old")
-    kept = {*checkpoint.COMPANIONS} - {"generation_config.json", "tokenizer.json"}
+    kept = {*checkpoint.COMPANIONS} - {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert {p.name for p in (tmp_path / "b").iterdir() if p.read_bytes() == b"old"} == kept
 
 

@@ -663,7 +663,7 @@ REFUSALS = """--prompt a --exit-threshold 1.5 | --exit-threshold 1.5 is out of i
 --prompt a --exit confidence | --exit confidence is not RULE:THRESHOLD
 --prompt a --exit= | --exit  is not RULE:THRESHOLD
 --prompt a --exit gate:0.5 --exit-threshold 0.5 | --exit gate:0.5 and --exit-threshold 0.5 are two rules
---prompt a --loops 0 | --loops 0 is out of its range: give a number 1 or more
+--prompt a --loops 0 | --loops 0 is out of its range: give a number from 1 to 64
 --prompt a --max-tokens 0 | --max-tokens 0 is out of its range: give a number 1 or more
 --prompt a --temperature -1 | --temperature -1.0 is out of its range: give a number 0 or more
 --prompt a --temperature inf | --temperature inf is out of its range

@@ -188,8 +188,8 @@ def test_the_first_lines_say_the_recipe_and_what_was_chosen():
         "LoopRPT (dense): steps 300, lr 0.001, estimator exact, rollouts 1, noise_std 0.0, rho 1.0, tau 0.5, "
         "lambda_base 0.05, lambda_scale 0.5, pg_weight 1.0, rep_weight 1.0, rep_bonus 1.0, floor 0.3, "
         "distill_weight 0.3, ent_weight 0.003, kl_weight 0.0001, gate_only False, ema_decay 0.995, weight_decay 0.01",
-        "chosen by size: --train.batch 128 --train.recompute off --pretrain.steps 2500 --pretrain.lr 0.002 "
-        "--rpt.steps 300 --rpt.lr 0.001",
+        "chosen, where no flag was given: --train.batch 128 --train.recompute off --pretrain.steps 2500 "
+        "--pretrain.lr 0.002 --rpt.steps 300 --rpt.lr 0.001",
     ]
     paper = sizes.describe(sizes.fill_in(Config(), DEMO, None, CPU), DEMO, {})
     assert len(paper) == 1, "nothing was chosen"
@@ -458,7 +458,7 @@ def test_a_run_says_and_records_what_it_chose(tmp_path, monkeypatch, capsys):
     rate = float(f"{0.23 / math.sqrt(n):.2g}")
     assert (config["train"]["batch"], config["pretrain"]["lr"], config["rpt"]["lr"]) == (128, 2e-3, rate)
     flags = f"--train.batch 128 --train.recompute off --pretrain.lr 0.002 --rpt.lr {rate}"
-    assert f"chosen by size: {flags}" in shown.splitlines()
+    assert f"chosen, where no flag was given: {flags}" in shown.splitlines()
     assert "LoopRPT (paper): steps 2, " in shown
     assert "times the" not in shown
 

@@ -124,6 +124,20 @@ def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, form):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_exits_are_drawn_from_each_rollout_of_its_own(batch, monkeypatch):
+    """From the noisy exit distributions, not from the clean pass's."""
+    cfg, seen, student = replace(RPTConfig(), rollouts=3, noise_std=0.5, rho=1.0), [], make(0)
+    draw = looprpt.draw_exits
+    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: seen.append(logpi) or draw(logpi, generator))
+    noise = torch.Generator().manual_seed(3)
+    rpt_step(student, make(1), batch, cfg, counts=counts_of(batch, cfg.rho), generator=noise)
+    with torch.no_grad():
+        gates = looprpt.noisy_gates(student, student(batch.inputs), cfg, torch.Generator().manual_seed(3))
+    (drawn_from,) = seen
+    assert_close(drawn_from, exit_logpdf(gates[batch.mask]))
+    assert (drawn_from[:, 0] - drawn_from[:, 1]).abs().max() > 0.1
+
+
 def gradient(net, loss):
     net.zero_grad()
     loss.backward()
