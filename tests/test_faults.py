@@ -426,7 +426,7 @@ def test_more_steps_than_a_finished_stage_had_are_refused_and_others_go_on(tmp_p
     assert [line["step"] for line in log_of(out)] == [*range(1, 31), *range(1, 25)]
     assert json.loads((out / "run.json").read_text())["config"]["rpt"]["steps"] == 24
     assert "--rpt.steps 28 contradicts" in refused(monkeypatch, out, "--resume", "--rpt.steps", 28)
-    call(monkeypatch, out, "--resume")
+    call(monkeypatch, out, "--resume", "--rpt.steps", 24)
 
 
 @pytest.mark.parametrize("name", ["path", "val", "tokenizer"])
