@@ -676,11 +676,11 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch, k
 
 
 @pytest.mark.slow
-def test_thirty_kills_at_random_moments_lose_nothing(straight, tmp_path):
+def test_twenty_kills_at_random_moments_lose_nothing(straight, tmp_path):
     """SIGKILL, again and again; what was saved is sound each time, and the end is the straight run's, bit for bit."""
     out, moments = tmp_path / "out", random.Random(0)
     kills, fresh, started = 0, 0, time.monotonic()  # fresh: kills since the run began from nothing
-    while kills < 30:
+    while kills < 20:
         often = ["--train.save-every", 1, "--resume"]  # so that many kills fall into a save
         with subprocess.Popen(
             command(out, *often), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT
