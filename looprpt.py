@@ -595,14 +595,15 @@ def first_student(config: Config, shape: ModelConfig, done: Sequence[Stage], dev
     if done:
         folder = config.folder / FOLDER[done[-1]]
         state = runs.latest_state(config.folder, done[-1], getattr(config, done[-1]).steps)
-        return checkpoint.load(state / "student" if state else folder, device)  # in float32, whatever --save-dtype says
-    if config.init:
+        student = checkpoint.load(state / "student" if state else folder, device)  # a state is in float32
+    elif config.init:
         student = checkpoint.load(config.init, device)
         if shape.loops > (known := student.config.loops) and processes.is_writer():
             runtime.print_notes([f"{config.init} was trained with {known} loops, --model.loops is {shape.loops}"])
-        student.config = shape  # --model.loops may ask for fewer, or more
-        return student
-    return LoopedTransformer(shape, generator=runtime.seeded(config.seed, "weights")).to(device)
+    else:
+        return LoopedTransformer(shape, generator=runtime.seeded(config.seed, "weights")).to(device)
+    student.config = shape  # --model.loops may ask for fewer, or more; a checkpoint may name more ends of text
+    return student
 
 
 def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:

@@ -233,8 +233,9 @@ def generate(
         log_stay = torch.stack([s.log_stay for s in streams]) + F.logsigmoid(-net.gate(states))  # R
         shares = -torch.expm1(log_stay)  # R
         score = shares if exit.rule == "gate" or exit.threshold >= 1 else net.logits(states).softmax(-1).amax(-1)  # R
-        reached = ((score >= exit.threshold) & (exit.threshold < 1)).tolist()
-        for s, state, stay, share, enough in zip(streams, states, log_stay, shares.tolist(), reached, strict=True):
+        reached = (score >= exit.threshold) & (exit.threshold < 1)  # R
+        numbers = torch.stack((shares, reached.to(shares))).tolist()  # in one wait for a GPU
+        for s, state, stay, share, enough in zip(streams, states, log_stay, *numbers, strict=True):
             s.loops_run, s.state, s.log_stay = s.loops_run + 1, state, stay
             if not s.exit_loop and (enough or s.loops_run == loops):
                 s.exit_loop, s.exit_state, s.exit_share = s.loops_run, state, share if s.loops_run < loops else 1.0

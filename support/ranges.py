@@ -71,9 +71,7 @@ class Checked:
                 value.check()
             for limits in (part for part in parts if isinstance(part, Range)):
                 if not all(isinstance(x, number) and limits.holds(x) for x in values):
-                    what = (
-                        "number" if number is Real or all(isinstance(x, Integral) for x in values) else "whole number"
-                    )
+                    what = "whole number" if number is Integral and float in map(type, values) else "number"
                     raise UserError(f"{flag(self.group + name, value)} is out of its range: give a {what} {limits}")
             if names and not all(x in names for x in values):
                 raise UserError(f"{flag(self.group + name, value)} is unknown: give {', '.join(map(str, names))}")

@@ -99,7 +99,7 @@ def encode_chats(tokenizer: Tokenizer, chats: list[Chat]) -> list[tuple[list[int
     (newline,), parts = tokenize(tokenizer, ["\n"]), zip(heads, answers, strict=True)
     for chat in chats:
         ids, places = [], []
-        for (role, _), (head, answer) in zip(chat, parts, strict=False):
+        for (role, _), (head, answer) in zip(chat, parts, strict=False):  # the parts of this chat's turns
             ids += [start, *head, *answer, end]
             places += [(len(ids) - len(answer) - 1, len(ids))] if role == "assistant" else []
             ids += newline

@@ -294,6 +294,20 @@ def test_if_every_state_is_damaged_the_stage_starts_again(straight, tmp_path, mo
     same(out, straight, but="pretrain-000030")
 
 
+def test_a_finished_stage_without_its_state_is_taken_from_its_checkpoint_which_names_more_ends(tmp_path, monkeypatch):
+    """A checkpoint says that a turn's end may end a text, too; the states of the run don't."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(20)))
+    out, few = tmp_path / "out", ["--train.batch", 2, "--data.path", tmp_path / "a.jsonl"]
+    with monkeypatch.context() as patch:
+        cut_at(patch, "count_tokens", 43)
+        with pytest.raises(Cut):
+            call(patch, out, *few)
+    assert checkpoint.load_config(out / "base").eos_token_id == (0, 2)
+    (out / "state" / "pretrain-000030" / "state.json").write_text("{}")
+    call(monkeypatch, out, *few, "--resume")
+    assert (out / "results.json").exists()
+
+
 def test_a_state_of_another_model_is_refused_by_name(tmp_path, monkeypatch):
     out = tmp_path / "out"
     partial_run(monkeypatch, out, 43)
