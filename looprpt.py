@@ -102,7 +102,7 @@ class GateConfig(ranges.Checked, group="gate."):
 class RPTConfig(ranges.Checked, group="rpt."):
     """LoopRPT. The defaults are those of --recipe paper; in brackets, those of --recipe dense."""
 
-    steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 300 of chain arithmetic)
+    steps: NonNegative = 0  # optimiser steps (0: 3 epochs of a file, 250 of chain arithmetic)
     lr: LearningRate = None  # peak learning rate (none: by the model's size)
     estimator: Literal["sampled", "exact"] = "sampled"  # an exit drawn per rollout, or the expectation (dense: exact)
     rollouts: Positive = 8  # G, noisy latent rollouts (dense: 1)

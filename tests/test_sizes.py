@@ -74,7 +74,7 @@ def test_a_gate_that_learns_alone_takes_the_rate_of_the_gate_stage():
 def test_what_was_not_given_is_filled_in_and_nothing_else():
     config = Config(objective=STAGES)
     train = {"train.batch": 128, "train.recompute": "off"}
-    pretrain, rpt = ({f"{s}.steps": n, f"{s}.lr": x} for s, n, x in (("pretrain", 2500, 2e-3), ("rpt", 300, 1e-3)))
+    pretrain, rpt = ({f"{s}.steps": n, f"{s}.lr": x} for s, n, x in (("pretrain", 2500, 2e-3), ("rpt", 250, 1e-3)))
     gate = {"gate.steps": 400, "gate.lr": 1e-2}
     assert changes(config, sizes.fill_in(config, DEMO, None, CPU)) == train | pretrain | gate | rpt
     assert changes(Config(), sizes.fill_in(Config(), DEMO, None, CPU)) == train | pretrain | rpt, "no stage gate"
@@ -185,15 +185,15 @@ def test_the_first_lines_say_the_recipe_and_what_was_chosen():
     config = sizes.fill_in(replace(Config(), recipe="dense", rpt=RECIPES["dense"]), DEMO, None, CPU)
     chosen = changes(Config(rpt=RECIPES["dense"], recipe="dense"), config)
     assert sizes.describe(config, DEMO, chosen) == [
-        "LoopRPT (dense): steps 300, lr 0.001, estimator exact, rollouts 1, noise_std 0.0, rho 1.0, tau 0.5, "
+        "LoopRPT (dense): steps 250, lr 0.001, estimator exact, rollouts 1, noise_std 0.0, rho 1.0, tau 0.5, "
         "lambda_base 0.05, lambda_scale 0.5, pg_weight 1.0, rep_weight 1.0, rep_bonus 1.0, floor 0.3, "
         "distill_weight 0.3, ent_weight 0.003, kl_weight 0.0001, gate_only False, ema_decay 0.995, weight_decay 0.01",
         "chosen, where no flag was given: --train.batch 128 --train.recompute off --pretrain.steps 2500 "
-        "--pretrain.lr 0.002 --rpt.steps 300 --rpt.lr 0.001",
+        "--pretrain.lr 0.002 --rpt.steps 250 --rpt.lr 0.001",
     ]
     paper = sizes.describe(sizes.fill_in(Config(), DEMO, None, CPU), DEMO, {})
     assert len(paper) == 1, "nothing was chosen"
-    assert paper[0].startswith("LoopRPT (paper): steps 300, lr 0.001, estimator sampled, rollouts 8, noise_std 0.1, ")
+    assert paper[0].startswith("LoopRPT (paper): steps 250, lr 0.001, estimator sampled, rollouts 8, noise_std 0.1, ")
     assert sizes.describe(sizes.fill_in(Config(objective=("pretrain",)), DEMO, None, CPU), DEMO, {}) == []
 
 
