@@ -25,110 +25,47 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import data
-from model import MAX_LOOPS, LoopedTransformer, ModelConfig, exit_cdf
+from model import MAX_LOOPS, LoopedTransformer, exit_cdf
 from support import checkpoint, text
-from support.ranges import Checked, NonNegativeFloat, Positive, PositiveShare, Range, unchecked
+from support.decoding import Cache, decode, draft_and_verify, draw, prefill
+from support.ranges import Checked, NonNegative, NonNegativeFloat, Positive, PositiveShare, Range, unchecked
 from support.runtime import DTYPES, Precision, UserError, pick_device, run_cli, seeded
 
 CacheRule = Literal["copy", "last", "full"]
-Ints = list[int]  # of rows of the cache: their numbers, or each one's loop or position
-
-
-class Cache:
-    """Keys and values of the tokens so far, preallocated for each loop of each layer. A row holds one prompt's tokens.
-    A token at loop l attends to loop l of the tokens before it. With loops=1 every loop overwrites the one before, so
-    that all loops of the next tokens attend to each token's last, as Ouro shares the last loop's keys and values."""
-
-    def __init__(self, c: ModelConfig, rows: int, length: int, *, loops: int, device: torch.device, dtype: torch.dtype):
-        shape = c.layers, loops, rows, c.kv_heads, length, c.head_dim  # layers L B K S C
-        self.loops, self.rows = loops, rows
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.attention = partial(F.scaled_dot_product_attention, enable_gqa=c.heads != c.kv_heads)
-
-    def prefill_attention(self, rows: Ints, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention of one loop over prompts, from position 0 on, which these rows of the cache keep."""
-        for kept, new in (self.keys, k), (self.values, v):
-            kept[layer, min(loop, self.loops - 1), rows, :, : new.shape[2]] = new
-        return self.attention(q, k, v, is_causal=True)
-
-    def decode_attention(self, rows: Ints, loops: Ints, positions: Ints) -> Callable:
-        """The attention of one more token in each of these rows, at its own loop and position; the cache keeps it."""
-        device, length = self.keys.device, max(positions) + 1
-        loops = [min(loop, self.loops - 1) for loop in loops]
-        loop, row, position = (torch.tensor(x, device=device) for x in (loops, rows, positions))  # R, R, R
-        level = min(positions) + 1 == length
-        mask = None if level else torch.arange(length, device=device) <= position[:, None, None, None]  # R 1 1 S
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.keys[layer], self.values[layer]  # L B K S C
-            keys[loop, row, :, position], values[loop, row, :, position] = k[:, :, 0], v[:, :, 0]
-            # All rows at the same loop need no copy of what they have cached
-            if len({*loops}) == 1 and len(rows) == self.rows:
-                return self.attention(q, keys[loops[0], :, :, :length], values[loops[0], :, :, :length], mask)
-            if gather_rows_on(device):
-                return self.attention(q, keys[loop, row, :, :length], values[loop, row, :, :length], mask)
-            places = zip(loops, rows, positions, strict=True)
-            seen = [(at, slice(b, b + 1), slice(None), slice(p + 1)) for at, b, p in places]
-            return torch.cat([self.attention(q[i : i + 1], keys[at], values[at]) for i, at in enumerate(seen)])
-
-        return attend
-
-    def keep_rows(self, rows: Ints) -> None:
-        """Only these rows, from now on numbered in this order."""
-        self.keys, self.values, self.rows = self.keys[:, :, rows], self.values[:, :, rows], len(rows)
-
-    def fill_deeper(self, rows: Ints, loops: Ints, positions: Ints) -> None:
-        """Tokens that left after these numbers of loops: the deeper loops get the last one's keys and values."""
-        row, last, position = (torch.tensor(x, device=self.keys.device)[:, None] for x in (rows, loops, positions))
-        loop = torch.arange(self.loops, device=self.keys.device)  # L
-        source = loop.minimum(last - 1)  # R L
-        for kept in (self.keys, self.values):
-            kept[:, loop, row, :, position] = kept[:, source, row, :, position]
-
-
-def gather_rows_on(device: torch.device) -> bool:
-    """Rows at different loops, in one kernel: on a CPU, copying what they have cached costs more than it saves."""
-    return device.type == "cuda"
-
-
-def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: Ints, loops: int) -> Tensor:
-    """All loops of prompts, which these rows of the cache keep; the state after the last one.    R T -> R T D"""
-    state, (cos, sin) = net.embed_tokens(ids), net.rotary(torch.arange(ids.shape[1], device=ids.device))
-    for loop in range(loops):
-        state = net.loop(state, cos, sin, partial(cache.prefill_attention, rows, loop))
-    return state
-
-
-def decode(net: LoopedTransformer, state: Tensor, cache: Cache, rows: Ints, loops: Ints, positions: Ints) -> Tensor:
-    """One loop more for the newest token of each of these rows of the cache; loops count from 0.    R D -> R D"""
-    cos, sin = (x[:, None, None] for x in net.rotary(torch.tensor(positions, device=state.device)))  # R 1 1 C/2
-    return net.loop(state[:, None], cos, sin, cache.decode_attention(rows, loops, positions))[:, 0]
 
 
 class Exit(NamedTuple):
     """Leave after the first loop whose score reaches the threshold, after the last loop if none does."""
 
-    rule: str = "gate"  # score: the gate's cumulative exit probability; or 'confidence', the largest token probability
-    threshold: float = 1.0  # 1 means all loops, however far the score is saturated
+    rule: str = (
+        "gate"  # score: the gate's cumulative exit probability; the largest token probability; the loop's number
+    )
+    threshold: float = 1.0  # of gate and confidence, 1 means all loops, however far the score is saturated
+
+    def reached(self, net: LoopedTransformer, state: Tensor, share: Tensor, loop: Tensor) -> Tensor:
+        """Whether tokens leave after this loop (from 1), which led to this state; share is the gate's score."""
+        if self.rule == "loop":
+            return loop >= self.threshold
+        score = share if self.rule == "gate" or self.threshold >= 1 else net.logits(state).softmax(-1).amax(-1)
+        return (score >= self.threshold) & (self.threshold < 1)
 
 
 def logits_at_exit(net: LoopedTransformer, exit: Exit, hidden: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """Logits where each token leaves, and that loop (from 1), when all loops have run.    N L D, N L -> N V, N"""
-    score = exit_cdf(gate)[:, :-1] if exit.rule == "gate" else net.logits(hidden[:, :-1]).softmax(-1).amax(-1)
-    leave = ((score < exit.threshold) | (exit.threshold >= 1)).cumprod(-1).sum(-1)  # N L-1 -> N
+    loop = torch.arange(1, gate.shape[1], device=gate.device).expand(len(gate), -1)  # N L-1
+    stays = ~exit.reached(net, hidden[:, :-1], exit_cdf(gate)[:, :-1], loop)  # N L-1
+    leave = stays.cumprod(-1).sum(-1)  # N
     return net.logits(hidden[torch.arange(len(hidden), device=hidden.device), leave]), leave + 1
 
 
-def sample_tokens(logits: Tensor, numbers: list[float], *, temperature: float, top_p: float) -> list[int]:
-    """A token for each row, at a temperature above 0, among the likeliest that hold the share top_p.    R V -> R
-    numbers  where in 0..1 each row's draw falls, so that a row's text depends on its own draws alone"""
-    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # R V
-    unsorted = torch.arange(p.shape[-1], device=p.device).expand_as(p)
-    order = p.argsort(dim=-1, descending=True, stable=True) if top_p < 1 else unsorted  # R V
-    upto = p.gather(-1, order).cumsum(-1)  # R V
-    mass = upto.gather(-1, (upto < top_p).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1))  # R 1
-    where = torch.tensor(numbers, device=p.device, dtype=p.dtype)[:, None] * mass
-    return order.gather(-1, (upto < where).sum(-1, keepdim=True).clamp(max=p.shape[-1] - 1)).squeeze(-1).tolist()
+def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """What is drawn from, at a temperature above 0: the likeliest tokens that hold the share top_p.    R V -> R V"""
+    p = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1)  # R V
+    if top_p < 1:
+        ranked, order = p.sort(dim=-1, descending=True, stable=True)
+        beyond = ranked.cumsum(-1) - ranked >= top_p  # R V
+        p = p.masked_fill(beyond.scatter(-1, order, beyond), 0)
+    return p / p.sum(-1, keepdim=True)
 
 
 class Token(NamedTuple):
@@ -147,12 +84,9 @@ class Stream:
     prompt: int  # which one
     slot: int  # its row of the cache
     position: int
-    exit_state: Tensor  # D  after the loop that says what comes next
-    exit_loop: int  # that loop; 0 while it is open
     loops_run: int
-    exit_share: float = 1.0  # the gate's cumulative exit probability at that loop
-    state: Tensor | None = None  # D  after the loops run so far; a prompt's last token, which has run all, needs none
-    log_stay: Tensor | None = None  # log P(the gate has not stopped it)
+    exit_loop: int  # the loop that says what comes next; 0 while it is open
+    exit_share: float = 1.0  # the gate's cumulative exit probability there
     tokens: list[int] = field(default_factory=list)  # the continuation
 
 
@@ -166,6 +100,7 @@ def generate(
     exit: Exit = Exit(),  # noqa: B008  it is a constant
     loops: int | None = None,
     cache: CacheRule = "copy",
+    verify: int = 0,
     temperature: float = 0.0,
     top_p: float = 1.0,
     batch: int | None = None,
@@ -177,6 +112,7 @@ def generate(
     loops    the most that a token may take (default: the model's)
     cache    'copy': a token that left copies its last loop into its deeper ones. 'last': only each token's last loop
              is kept, in 1/loops of the memory. 'full': all loops run, exact but no faster; the exit picks the logits
+    verify   so many tokens are drafted by the exit, then all loops check them: the text is that of full depth
     batch    prompts side by side (default: all); when one ends, the next takes its place
     seeds    of each prompt's draws (default: its number)
     done     told a row and its new tokens after each of them; says whether the row ends there
@@ -184,63 +120,93 @@ def generate(
     most, weight, loops = net.config.max_positions, net.embed_tokens.weight, loops or net.config.loops
     if wrong := [n for n in map(len, prompts) if not 1 <= n <= most]:
         raise UserError(f"the prompt has {wrong[0]} tokens, the model {most} positions: give from 1 to {most} tokens")
+    if verify and (given or cache != "copy"):
+        raise UserError(f"verify {verify} drafts its own text with all loops' keys and values: no given, cache 'copy'")
     limits = [min(max_tokens, len(tokens)) for tokens in given] if given else [max_tokens] * len(prompts)
     length = min(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), most)
     size, kept_loops = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
     kv_cache = Cache(net.config, size, length, loops=kept_loops, device=weight.device, dtype=weight.dtype)
     generators, waiting = [seeded("draws", s) for s in seeds or range(len(prompts))], [*range(len(prompts))]
-    streams, zero = [], torch.zeros((), device=weight.device)
+    streams, spread = [], partial(distribution, temperature=temperature, top_p=top_p) if temperature else None
+    state, exit_state = (
+        weight.new_zeros(size, weight.shape[1]) for _ in range(2)
+    )  # R D  of newest tokens; where they left
+    log_stay = net.gate(state)  # R  log P(the gate has not stopped it); set to 0 at a token's start
+
+    def numbers(streams: Sequence[Stream]) -> list[float]:
+        return [torch.rand((), generator=generators[s.prompt]).item() for s in streams]
+
+    def ends(s: Stream) -> bool:
+        """Whether the token that was added last ends the prompt."""
+        s.position += 1
+        return done(s.prompt, s.tokens) or len(s.tokens) >= limits[s.prompt] or s.position >= most
 
     while streams or waiting:
         # Prompts take the free rows, at full depth. No token sees the padding, and decoding overwrites it
         if free := sorted({*range(kv_cache.rows)} - {s.slot for s in streams})[: len(waiting)]:
             begun, waiting = waiting[: len(free)], waiting[len(free) :]
-            ids, ends = data.pad([prompts[p] for p in begun]).to(weight.device), [len(prompts[p]) - 1 for p in begun]
-            states = prefill(net, ids, kv_cache, free, loops)[range(len(free)), ends]  # R D
-            streams += map(partial(Stream, loops_run=loops, exit_loop=loops), begun, free, ends, states)
+            ids, last = data.pad([prompts[p] for p in begun]).to(weight.device), [len(prompts[p]) - 1 for p in begun]
+            exit_state[free] = prefill(net, ids, kv_cache, free, loops)[range(len(free)), last]  # R D
+            streams += map(partial(Stream, loops_run=loops, exit_loop=loops), begun, free, last)
             streams.sort(key=lambda s: s.slot)  # the cache wants its rows in order
 
         # Without the rows that are free now, once they are half of them: the copy is worth it
         if len(streams) <= kv_cache.rows // 2:
-            kv_cache.keep_rows([s.slot for s in streams])
+            kept = [s.slot for s in streams]
+            kv_cache.keep_rows(kept)
+            state, exit_state, log_stay = (x[kept] for x in (state, exit_state, log_stay))
             for slot, s in enumerate(streams):
                 s.slot = slot
 
         # Tokens that have left: the next one, which starts at the first loop
         if left := [s for s in streams if s.exit_loop and (cache != "full" or s.loops_run == loops)]:
-            logits = net.logits(torch.stack([s.exit_state for s in left]))  # R V
-            likeliest = chosen = logits.argmax(-1).tolist()
+            slots = [s.slot for s in left]
+            logits = net.logits(exit_state[slots])  # R V
+            likeliest = chosen = logits.argmax(-1)  # R
             if given:
-                chosen = [given[s.prompt][len(s.tokens)] for s in left]
-            elif temperature:
-                numbers = [torch.rand((), generator=generators[s.prompt]).item() for s in left]
-                chosen = sample_tokens(logits, numbers, temperature=temperature, top_p=top_p)
-            logps = logits.log_softmax(-1)[range(len(left)), chosen].tolist()
-            states = net.embed_tokens(torch.tensor(chosen, device=weight.device))  # R D
-            for s, token, best, logp, state in zip(left, chosen, likeliest, logps, states, strict=True):
-                s.tokens.append(token)
-                yield Token(s.prompt, token, s.exit_loop, best, logp, s.exit_share)
-                s.position, s.loops_run, s.exit_loop, s.state, s.log_stay = s.position + 1, 0, 0, state, zero
-                if done(s.prompt, s.tokens) or len(s.tokens) >= limits[s.prompt] or s.position >= most:
+                chosen = torch.tensor([given[s.prompt][len(s.tokens)] for s in left], device=weight.device)
+            elif spread:
+                chosen = draw(spread(logits), numbers(left))
+            logps = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+            state[slots], log_stay[slots] = net.embed_tokens(chosen), 0.0
+            found = torch.stack([x.double() for x in (chosen, likeliest, logps)], -1).tolist()  # in one wait for a GPU
+            for s, (token, best, logp) in zip(left, found, strict=True):
+                s.tokens.append(int(token))
+                yield Token(s.prompt, int(token), s.exit_loop, int(best), logp, s.exit_share)
+                s.loops_run, s.exit_loop = 0, 0
+                if ends(s):
                     streams.remove(s)
             continue  # with the first tokens of prompts that take the rows of those that have ended
 
+        slots, ran, positions = map(list, zip(*((s.slot, s.loops_run, s.position) for s in streams), strict=True))
+        if verify:
+            how = {"loops": loops, "reached": partial(exit.reached, net), "spread": spread}
+            how |= {"drafts": verify, "numbers": partial(numbers, [*streams])}
+            found = draft_and_verify(net, state[slots], kv_cache, slots, positions, **how)
+            for s, tokens in zip([*streams], found, strict=True):
+                for token in tokens:
+                    s.tokens.append(token[0])
+                    yield Token(s.prompt, *token)
+                    if ends(s):
+                        streams.remove(s)
+                        break
+            state[slots] = net.embed_tokens(torch.tensor([tokens[-1][0] for tokens in found], device=weight.device))
+            continue
+
         # One loop for every stream
-        slots, loops_run, positions = map(list, zip(*((s.slot, s.loops_run, s.position) for s in streams), strict=True))
-        states = decode(net, torch.stack([s.state for s in streams]), kv_cache, slots, loops_run, positions)  # R D
+        now = decode(net, state[slots][:, None], kv_cache, slots, ran, positions)[:, 0]  # R D
+        stay = log_stay[slots] + F.logsigmoid(-net.gate(now))  # R
+        state[slots], log_stay[slots], shares = now, stay, -torch.expm1(stay)
 
         # Those whose score reaches the threshold leave here, and at the last loop those that are still there
-        log_stay = torch.stack([s.log_stay for s in streams]) + F.logsigmoid(-net.gate(states))  # R
-        shares = -torch.expm1(log_stay)  # R
-        score = shares if exit.rule == "gate" or exit.threshold >= 1 else net.logits(states).softmax(-1).amax(-1)  # R
-        reached = (score >= exit.threshold) & (exit.threshold < 1)  # R
-        numbers = torch.stack((shares, reached.to(shares))).tolist()  # in one wait for a GPU
-        for s, state, stay, share, enough in zip(streams, states, log_stay, *numbers, strict=True):
-            s.loops_run, s.state, s.log_stay = s.loops_run + 1, state, stay
+        reached = exit.reached(net, now, shares, torch.tensor(ran, device=weight.device) + 1)  # R
+        leaving, found = [], torch.stack((shares, reached.to(shares)), -1).tolist()  # in one wait for a GPU
+        for i, (s, (share, enough)) in enumerate(zip(streams, found, strict=True)):
+            s.loops_run += 1
             if not s.exit_loop and (enough or s.loops_run == loops):
-                s.exit_loop, s.exit_state, s.exit_share = s.loops_run, state, share if s.loops_run < loops else 1.0
-        if early := [s for s in streams if cache == "copy" and s.exit_loop and s.loops_run < loops]:
-            kv_cache.fill_deeper([s.slot for s in early], [s.loops_run for s in early], [s.position for s in early])
+                s.exit_loop, s.exit_share = s.loops_run, share if s.loops_run < loops else 1.0
+                leaving.append(i)
+        exit_state[[slots[i] for i in leaving]] = now[leaving]
 
 
 # The command line
@@ -256,9 +222,10 @@ class GenerationFlags(Checked):
     folder: Annotated[Path, tyro.conf.Positional]  # checkpoint folder, of this program or of Hugging Face
     # leave when the gate's cumulative probability reaches it; 0: first loop, 1: all loops (none: checkpoint's)
     exit_threshold: Annotated[float | None, Range(0, 1)] = None
-    exit: str | None = None  # another rule: confidence:0.9 leaves when a token is that probable
+    exit: str | None = None  # another rule: confidence:0.9 leaves when a token is that probable, loop:2 after two loops
     loops: Annotated[int | None, Range(1, MAX_LOOPS)] = None  # the most loops for a token (none: the checkpoint's)
     cache: CacheRule = "copy"  # deeper loops of a token that left: a copy of its last; the last only; or all loops run
+    verify: NonNegative = 0  # tokens drafted by the exit, then checked: text of full depth, sooner (0: exits are final)
     chat: bool = False  # prompts as ChatML: each is a user's turn
     system: str | None = None  # a system's turn before it; implies --chat
     thinking: bool = False  # open the answer with <think>, as for Ouro's Thinking models; implies --chat
@@ -270,6 +237,11 @@ class GenerationFlags(Checked):
         object.__setattr__(self, "chat", self.chat or self.thinking or self.system is not None)
         super().__post_init__()
 
+    def check(self) -> None:
+        super().check()
+        if self.verify and self.cache != "copy":
+            raise UserError(f"--verify {self.verify} needs all loops' keys and values: leave --cache {self.cache} out")
+
     def exit_rule(self, default: float) -> Exit:
         """From --exit RULE:THRESHOLD or --exit-threshold; by default the gate's, with this threshold."""
         if self.exit is None:
@@ -280,7 +252,10 @@ class GenerationFlags(Checked):
         with suppress(ValueError):
             if rule in ("gate", "confidence") and 0 <= float(threshold) <= 1:
                 return Exit(rule, float(threshold))
-        raise UserError(f"--exit {self.exit} is not RULE:THRESHOLD (0 to 1): give gate:0.9 or confidence:0.9")
+            if rule == "loop" and 1 <= int(threshold) <= MAX_LOOPS:
+                return Exit(rule, int(threshold))
+        problem = f"--exit {self.exit} is not RULE:THRESHOLD (0 to 1), or loop:NUMBER"
+        raise UserError(f"{problem}: give gate:0.9, confidence:0.9 or loop:2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,7 +352,8 @@ def main() -> None:
             print(piece, end="", flush=True)  # as it is: rich would change its tabs
 
     how = {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_p": config.top_p}
-    how |= {"loops": config.loops, "cache": config.cache, "seeds": [f"{config.seed}/{i}" for i in range(len(prompts))]}
+    how |= {"loops": config.loops, "cache": config.cache, "verify": config.verify}
+    how["seeds"] = [f"{config.seed}/{i}" for i in range(len(prompts))]
     for token in generate(net, prompts, exit=exit, done=lambda row, tokens: tokens[-1] in stops, **how):
         tokens[token.row].append(token)
         if config.json:

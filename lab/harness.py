@@ -59,7 +59,7 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
 
     def score_at_exit(hidden: torch.Tensor, gate: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Log-probability, whether it is the likeliest, loops.    N L D, N L, N -> N, N, N"""
-        logits, loops = logits_at_exit(net, exit, hidden, gate)  # N V, N
+        logits, loops = logits_at_exit(net, sample.Exit() if config.verify else exit, hidden, gate)  # N V, N
         return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0].double(), logits.argmax(-1) == targets, loops
 
     class Looped(TemplateLM):
@@ -139,6 +139,7 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
                     return ended
 
                 flags = {"loops": config.loops, "cache": config.cache, "batch": config.batch, "max_tokens": limit}
+                flags["verify"] = config.verify
                 greedy, top_p = not how["do_sample"] or how.get("top_p") == 0, how.get("top_p") or 1.0
                 flags |= {"temperature": 0.0 if greedy else how.get("temperature", 1.0), "top_p": top_p}
                 for token in generate(net, [prompts[i] for i in group], exit=exit, done=done, seeds=seeds, **flags):
@@ -186,7 +187,8 @@ def main() -> None:
     rule = f"{exit.rule}:{exit.threshold:g}"
     print(f"{config.folder}, exit {rule}", lm_eval.utils.make_table(results), sep="\n")
     if config.out:
-        result = {"harness": results["results"], "exit": rule, "cache": config.cache, "seed": config.seed}
+        result = {"harness": results["results"], "exit": rule, "cache": config.cache, "verify": config.verify}
+        result["seed"] = config.seed
         checkpoint.write_json(config.out, result | runtime.provenance(net.embed_tokens.weight.device))
 
 

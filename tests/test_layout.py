@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ORDER = """support/runtime.py support/ranges.py support/processes.py model.py support/checkpoint.py support/text.py
-    data.py eval.py support/runs.py support/sizes.py looprpt.py sample.py lab/study.py lab/harness.py
+ORDER = """support/runtime.py support/ranges.py support/processes.py model.py support/decoding.py support/checkpoint.py
+    support/text.py data.py eval.py support/runs.py support/sizes.py looprpt.py sample.py lab/study.py lab/harness.py
     lab/bench.py""".split()
 
 

@@ -15,8 +15,9 @@ import data
 import model
 import sample
 from model import LoopedTransformer, ModelConfig
-from sample import Cache, Exit, Token, decode, generate, prefill
-from support import checkpoint, text
+from sample import Exit, Token, generate
+from support import checkpoint, decoding, text
+from support.decoding import Cache, decode, prefill
 from support.runtime import UserError
 
 SHAPE = ModelConfig(layers=2, loops=4, width=16, heads=4, kv_heads=2, vocab_size=13, init_std=0.3)
@@ -44,7 +45,7 @@ def collect(tokens, rows=4):
 @pytest.fixture(params=[False, True], ids=["row by row", "gathered"])
 def copying(request, monkeypatch):
     """Rows at different loops, as a CPU and as a GPU attend to them."""
-    monkeypatch.setattr(sample, "gather_rows_on", lambda device: request.param)
+    monkeypatch.setattr(decoding, "gather_rows_on", lambda device: request.param)
 
 
 # The cache against the full forward pass
@@ -66,7 +67,7 @@ def test_cached_decoding_equals_the_full_forward_pass(net, prefix, loops):
         positions = [start + step for start in starts]
         state = net.embed_tokens(ids[range(3), positions])
         for loop in range(loops):
-            state = decode(net, state, cache, [0, 1, 2], [loop] * 3, positions)
+            state = decode(net, state[:, None], cache, [0, 1, 2], [loop] * 3, positions)[:, 0]
             assert_close(state, whole[range(3), positions, loop], rtol=1e-10, atol=1e-10)
 
 
@@ -77,10 +78,10 @@ def test_rows_at_different_loops_share_a_pass(net, copying):
     cache = Cache(net.config, 2, 6, loops=4, device=CPU, dtype=torch.float64)
     prefill(net, ids[:, :4], cache, [0, 1], 4)
     state = net.embed_tokens(ids[:, 4])
-    state[1:] = decode(net, state[1:], cache, [1], [0], [4])
+    state[1:] = decode(net, state[1:, None], cache, [1], [0], [4])[:, 0]
     assert_close(state[1], whole[1, 4, 0])
     for loop in range(3):
-        state = decode(net, state, cache, [0, 1], [loop, loop + 1], [4, 4])
+        state = decode(net, state[:, None], cache, [0, 1], [loop, loop + 1], [4, 4])[:, 0]
         assert_close(state[0], whole[0, 4, loop])
         assert_close(state[1], whole[1, 4, loop + 1])
 
@@ -263,7 +264,7 @@ def test_a_token_tells_its_log_probability_and_the_gates_word_on_its_exit(net, c
 
 def test_keeping_the_last_loop_only_is_a_quarter_of_the_memory():
     full, shared = (Cache(SHAPE.resolved(), 2, 8, loops=n, device=CPU, dtype=torch.float32) for n in (4, 1))
-    assert full.keys.numel() == 4 * shared.keys.numel() == 2 * 4 * 2 * 2 * 8 * 4
+    assert full.keys.numel() == 4 * shared.keys.numel() == 2 * 4 * 2 * 2 * 9 * 4  # and a place that is no token's
 
 
 @pytest.mark.parametrize("exit", [Exit("gate", 0.0), Exit("gate", 0.5), Exit("gate", 1.0), Exit("confidence", 0.4)])
@@ -300,13 +301,13 @@ def test_a_threshold_of_one_means_all_loops_for_confidence_too(net):
 
 
 def test_generating_keeps_no_graph(net, monkeypatch):
-    tracked, sample_tokens = [], sample.sample_tokens
+    tracked, distribution = [], sample.distribution
 
-    def note(logits, *args, **how):
+    def note(logits, **how):
         tracked.append(logits.requires_grad)
-        return sample_tokens(logits, *args, **how)
+        return distribution(logits, **how)
 
-    monkeypatch.setattr(sample, "sample_tokens", note)
+    monkeypatch.setattr(sample, "distribution", note)
     list(generate(net, PROMPTS, max_tokens=3, temperature=1.0))
     assert tracked == [False] * 3
 
@@ -342,26 +343,95 @@ def test_a_prompt_that_cannot_be_continued_is_refused(net, prompt, message):
 
 
 def test_draws_follow_the_tempered_distribution_within_top_p():
-    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(20_000, 4).double()
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
     numbers = torch.rand(20_000, generator=torch.Generator().manual_seed(0)).tolist()
-    p = (logits[0] / 0.7).softmax(-1)
-    share = (
-        torch.tensor(sample.sample_tokens(logits, numbers, temperature=0.7, top_p=1.0)).bincount(minlength=4) / 20_000
-    )
-    assert_close(share.double(), p, rtol=0, atol=0.01)
-    assert sample.sample_tokens(logits[:2], [0.1, 0.9], temperature=1e-40, top_p=1.0) == [0, 0], (
-        "next to no temperature"
-    )
+    p = (logits[0].double() / 0.7).softmax(-1)
     kept = p * torch.tensor([1, 1, 0, 0])
     top_p = (p[0] + 0.5 * p[1]).item()  # the second token is needed to reach it
-    share = (
-        torch.tensor(sample.sample_tokens(logits, numbers, temperature=0.7, top_p=top_p)).bincount(minlength=4) / 20_000
-    )
-    assert_close(share.double(), kept / kept.sum(), rtol=0, atol=0.01)
+    for share, expected in ((1.0, p), (top_p, kept / kept.sum())):
+        spread = sample.distribution(logits, 0.7, share)
+        assert_close(spread[0], expected)
+        counts = decoding.draw(spread.expand(20_000, 4), numbers).bincount(minlength=4)
+        assert_close(counts / 20_000, expected.float(), rtol=0, atol=0.01)
+        assert not counts[expected == 0].any()
+    assert sample.distribution(logits, 1e-40, 1.0).tolist() == [[1, 0, 0, 0]], "next to no temperature"
+    holes = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).double().expand(4, 5)
+    numbers = [0.0, 0.4999, 0.5, 1 - 2**-24]
+    assert decoding.draw(holes, numbers).tolist() == [1, 1, 3, 3], "what is not there is not drawn"
 
 
-def test_a_rows_text_depends_on_its_seed_and_not_on_its_company(net):
-    how = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9, "exit": Exit("gate", 0.5)}
+@pytest.mark.parametrize("verify", [1, 3])
+@pytest.mark.parametrize("exit", [Exit("gate", 0.3), Exit("gate", 1.0), Exit("confidence", 0.3), Exit("loop", 2)])
+def test_verified_drafts_are_the_text_of_full_depth(net, copying, exit, verify):
+    """Tokens, what is told of them, and the prompts that take the places of those that ended."""
+    lengths = [9, 3, 12, 6]
+    how = {"max_tokens": 12, "done": lambda row, text: len(text) == lengths[row], "batch": 3}
+    full = [list(generate(net, PROMPTS, loops=loops, **how)) for loops in (4, 3)]
+    for loops, expected in zip((4, 3), full, strict=True):
+        found = list(generate(net, PROMPTS, exit=exit, verify=verify, loops=loops, **how))
+        for row in range(4):
+            pairs = [*zip(*([t for t in tokens if t.row == row] for tokens in (found, expected)), strict=True)]
+            assert all(a.id == b.id == a.likeliest for a, b in pairs)
+            assert [a.logp for a, _ in pairs] == pytest.approx([b.logp for _, b in pairs], abs=1e-9)
+        assert all((t.exit == 1) == (t.loops == loops) for t in found)
+        assert {t.loops for t in found} > {loops} or exit.threshold == 1, "some drafts are right"
+
+
+def test_a_draft_runs_the_loops_of_full_depth_and_no_more(net, monkeypatch):
+    """Every token runs each loop once, those after a wrong draft excepted; passes are fewer than loops."""
+    ran, passes = [], []
+
+    def counting(net, state, cache, rows, loops, positions):
+        ran.extend((loops[0], positions[0] + i) for i in range(state.shape[1]))
+        passes.append(state.shape[1])
+        return decode(net, state, cache, rows, loops, positions)
+
+    monkeypatch.setattr(decoding, "decode", counting)
+    torch.nn.init.zeros_(net.layers[0].mlp.down_proj.weight)
+    with torch.no_grad():
+        for layer in net.layers:  # loops that change nothing: every draft is right
+            layer.input_layernorm_2.weight.zero_()
+            layer.post_attention_layernorm_2.weight.zero_()
+    tokens = list(generate(net, PROMPTS[:1], max_tokens=9, verify=4, exit=Exit("loop", 1)))
+    assert [t.loops for t in tokens] == [4] + [1] * 8
+    assert sorted(ran) == [(loop, 3 + i) for loop in range(4) for i in range(8)]
+    assert passes == [1, 1, 1, 1, 4, 4, 4] * 2
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_verified_draws_have_the_distribution_of_full_depth(top_p):
+    """Three tokens of 6,000 rows beside the probabilities of all their 125 texts, worked out by full passes."""
+    shape = replace(SHAPE, vocab_size=5)
+    net = LoopedTransformer(shape, generator=torch.Generator().manual_seed(3)).double()
+    how = {"temperature": 0.8, "top_p": top_p}
+    drawn = list(generate(net, [[1, 2]] * 6000, max_tokens=4, verify=3, exit=Exit("loop", 1), **how))
+    texts = torch.zeros(6000, 4, dtype=torch.long)
+    places = [0] * 6000
+    for token in drawn:
+        texts[token.row, places[token.row]] = token.id
+        places[token.row] += 1
+    texts = texts[texts[:, 0] == texts[:, 0].mode().values]
+    every = torch.cartesian_prod(*[torch.arange(5)] * 3)  # 125 3
+    whole = torch.cat((torch.tensor([1, 2, texts[0, 0]]).expand(125, 3), every), 1)
+    with torch.no_grad():
+        p = sample.distribution(net.logits(net(whole).hidden[:, 2:5, -1]), 0.8, top_p)
+        early = sample.distribution(net.logits(net(whole).hidden[:, 2:5, 0]), 0.8, top_p)
+    expected, other = (x.gather(-1, every[..., None])[..., 0].prod(-1) * len(texts) for x in (p, early))
+    counts = (texts[:, 1:] * torch.tensor([25, 5, 1])).sum(-1).bincount(minlength=125)
+    assert counts[expected == 0].sum() == 0
+
+    def misfit(expected):
+        rare = expected < 5
+        observed, wanted = (torch.cat((x[~rare], x[rare].sum()[None])) for x in (counts, expected))
+        freedom = len(wanted) - 1
+        return (((observed - wanted) ** 2 / wanted.clamp(min=1e-9)).sum() - freedom) / (2 * freedom) ** 0.5
+
+    assert misfit(expected).abs() < 4 < misfit(other), "as full depth, unlike the drafts"
+
+
+@pytest.mark.parametrize("verify", [0, 3])
+def test_a_rows_text_depends_on_its_seed_and_not_on_its_company(net, verify):
+    how = {"max_tokens": 8, "temperature": 1.0, "top_p": 0.9, "exit": Exit("gate", 0.5), "verify": verify}
     together, again = (collect(generate(net, PROMPTS, seeds="abcd", **how)) for _ in range(2))
     assert together == again
     assert together[2:3] == collect(generate(net, PROMPTS[2:3], seeds="c", **how), 1)
@@ -409,14 +479,15 @@ def test_every_flag_reaches_the_generation(folder, monkeypatch, capsys):
         yield from (Token(0, token, loops, token, -1.0, 0.5) for token, loops in ((70, 1), (1, 2), (71, 3)))
 
     monkeypatch.setattr(sample, "generate", note)
-    flags = "--max-tokens 7 --temperature 0.8 --top-p 0.95 --loops 3 --cache last --seed 2 --dtype fp32".split()
+    flags = "--max-tokens 7 --temperature 0.8 --top-p 0.95 --loops 3 --verify 5 --exit loop:2 --seed 2 --dtype fp32".split()
     call(monkeypatch, sample, folder, "--prompt", "hi", *flags)
     del seen["done"]
     assert seen == {
         "max_tokens": 7,
-        "exit": Exit("gate", 0.5),
+        "exit": Exit("loop", 2),
         "loops": 3,
-        "cache": "last",
+        "cache": "copy",
+        "verify": 5,
         "temperature": 0.8,
         "top_p": 0.95,
         "seeds": ["2/0"],
@@ -657,9 +728,13 @@ def test_chain_arithmetic_is_answered_at_each_operand(tmp_path, monkeypatch, cap
 
 REFUSALS = """--prompt a --exit-threshold 1.5 | --exit-threshold 1.5 is out of its range: give a number from 0 to 1
 --prompt a --exit-threshold nan | --exit-threshold nan is out of its range
---prompt a --exit confidence:-0.1 | --exit confidence:-0.1 is not RULE:THRESHOLD (0 to 1): give gate:0.9
+--prompt a --exit confidence:-0.1 | --exit confidence:-0.1 is not RULE:THRESHOLD (0 to 1), or loop:NUMBER: give gate:0.9
 --prompt a --exit gate:nan | --exit gate:nan is not RULE:THRESHOLD (0 to 1)
---prompt a --exit surprise:0.5 | --exit surprise:0.5 is not RULE:THRESHOLD (0 to 1): give gate:0.9 or confidence:0.9
+--prompt a --exit surprise:0.5 | or loop:NUMBER: give gate:0.9, confidence:0.9 or loop:2
+--prompt a --exit loop:0 | --exit loop:0 is not RULE:THRESHOLD
+--prompt a --exit loop:1.5 | --exit loop:1.5 is not RULE:THRESHOLD
+--prompt a --verify -1 | --verify -1 is out of its range
+--prompt a --verify 2 --cache last | --verify 2 needs all loops' keys and values: leave --cache last out
 --prompt a --exit confidence | --exit confidence is not RULE:THRESHOLD
 --prompt a --exit= | --exit  is not RULE:THRESHOLD
 --prompt a --exit gate:0.5 --exit-threshold 0.5 | --exit gate:0.5 and --exit-threshold 0.5 are two rules

@@ -1,0 +1,209 @@
+"""Passes through the stack by tokens that come one by one: the cache, draws, and drafts that full depth checks."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from model import LoopedTransformer, ModelConfig
+from support.runtime import to_device
+
+Ints = list[int]  # of rows of the cache: their numbers, or each one's loop or position
+LEAST = 128  # a recorded pass reads so many places of the cache, or twice, four times, ... as many
+
+
+class Cache:
+    """Keys and values, preallocated for each loop of each layer. A row holds one prompt's tokens.
+    A token at loop l attends to loop l of the tokens before it. What it leaves at a loop stands in the deeper ones too,
+    until it gets there: a token that leaves early leaves copies. With loops=1 every loop overwrites the one before, so
+    that all loops of the next tokens attend to each token's last, as Ouro shares the last loop's keys and values."""
+
+    def __init__(self, c: ModelConfig, rows: int, length: int, *, loops: int, device: torch.device, dtype: torch.dtype):
+        shape = c.layers, loops, rows, c.kv_heads, length + 1, c.head_dim  # layers L B K S C
+        self.loops, self.rows, self.nowhere = loops, rows, length  # the last place, which no token reads
+        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.attention = partial(F.scaled_dot_product_attention, enable_gqa=c.heads != c.kv_heads)
+        self.recorded = {}  # passes on a GPU, by their shape
+
+    def prefill_attention(self, rows: Ints, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention of one loop over prompts, from position 0 on, which these rows of the cache keep."""
+        for kept, new in (self.keys, k), (self.values, v):
+            kept[layer, min(loop, self.loops - 1), rows, :, : new.shape[2]] = new
+        return self.attention(q, k, v, is_causal=True)
+
+    def keep_rows(self, rows: Ints) -> None:
+        """Only these rows, from now on numbered in this order."""
+        self.keys, self.values, self.rows, self.recorded = self.keys[:, :, rows], self.values[:, :, rows], len(rows), {}
+
+
+def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: Ints, loops: int) -> Tensor:
+    """All loops of prompts, which these rows of the cache keep; the state after the last one.    R T -> R T D"""
+    state, (cos, sin) = net.embed_tokens(ids), net.rotary(torch.arange(ids.shape[1], device=ids.device))
+    for loop in range(loops):
+        state = net.loop(state, cos, sin, partial(cache.prefill_attention, rows, loop))
+    return state
+
+
+def decode(net: LoopedTransformer, state: Tensor, cache: Cache, rows: Ints, loops: Ints, positions: Ints) -> Tensor:
+    """One loop more for the T newest tokens of each of these rows of the cache.    R T D -> R T D
+    loops      that they have run, each row its own
+    positions  of each row's first one"""
+    tokens, places = state.shape[1], [rows, [min(loop, cache.loops - 1) for loop in loops], positions]
+    same = places[1][0] if len({*places[1]}) == 1 and rows == [*range(cache.rows)] else None
+    length = min(max(positions) + tokens, cache.nowhere)
+    if state.is_cuda:
+        return replay(net, state, cache, places, length, same)
+    listed = None if gather_rows_on(state.device) else places
+    return run_pass(net, state, cache, torch.tensor(places, device=state.device), length, same, listed)
+
+
+def gather_rows_on(device: torch.device) -> bool:
+    """Rows at different loops, in one kernel: on a CPU, copying what they have cached costs more than it saves."""
+    return device.type == "cuda"
+
+
+def run_pass(net, state: Tensor, cache: Cache, places: Tensor, length: int, same: int | None, listed: list | None):
+    """One loop of R rows, each at its own loop and position; the cache keeps the tokens.    R T D, 3 R -> R T D
+    places  number, loop and first position of each row; `listed` is the same, to attend row by row
+    length  places of the cache that are read
+    same    the loop, if all rows of the cache are at it: nothing is copied"""
+    (row, loop, start), tokens = places, state.shape[1]
+    position = (start[:, None] + torch.arange(tokens, device=start.device)).clamp(max=cache.nowhere)  # R T
+    deeper = torch.arange(cache.loops, device=start.device).maximum(loop[:, None])[:, :, None]  # R L 1
+    at = deeper, row[:, None, None], slice(None), position[:, None]  # R L T K C
+    mask = torch.arange(length, device=start.device) <= position[:, None, :, None]  # R 1 T S
+    if listed and tokens == 1 and {*listed[2]} == {length - 1}:
+        mask = None  # all rows see all places
+    seen = []  # by each row alone
+    for b, at_loop, first in zip(*listed, strict=True) if listed else ():
+        seen.append((at_loop, slice(b, b + 1), slice(None), slice(min(first + tokens, length))))
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = cache.keys[layer], cache.values[layer]  # L B K S C
+        for kept, new in (keys, k), (values, v):
+            kept[at] = rearrange(new, "r k t c -> r 1 t k c")
+        if same is not None:
+            return cache.attention(q, keys[same, :, :, :length], values[same, :, :, :length], mask)
+        if not seen:
+            return cache.attention(q, keys[loop, row, :, :length], values[loop, row, :, :length], mask)
+        masks = [None if tokens == 1 else mask[i, ..., place[3]] for i, place in enumerate(seen)]
+        each = zip(q.split(1), seen, masks, strict=True)
+        return torch.cat([cache.attention(x, keys[place], values[place], mask) for x, place, mask in each])
+
+    return net.loop(state, *(x[:, None] for x in net.rotary(position)), attend)
+
+
+def replay(net, state: Tensor, cache: Cache, places: list[Ints], length: int, same: int | None) -> Tensor:
+    """`run_pass` of all rows of the cache, recorded once for each shape; rows that are not asked for write nowhere."""
+    length, device = min(LEAST << ((length - 1) // LEAST).bit_length(), cache.nowhere), state.device
+    if (key := (state.shape[1], length, same)) not in cache.recorded:
+        idle = torch.tensor([[b, 0, cache.nowhere] for b in range(cache.rows)], device=device).T.contiguous()
+        inputs = state.new_zeros(cache.rows, *state.shape[1:]), idle
+        stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):  # once before: libraries set themselves up
+            stream.wait_stream(torch.cuda.default_stream(device))
+            run_pass(net, inputs[0], cache, idle, length, same, None)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        with torch.cuda.graph(graph):
+            output = run_pass(net, inputs[0], cache, idle, length, same, None)
+        cache.recorded[key] = graph, inputs, output
+    graph, inputs, output = cache.recorded[key]
+    now = [[b, 0, cache.nowhere] for b in range(cache.rows)]
+    for place in zip(*places, strict=True):
+        now[place[0]] = place
+    chosen = to_device(torch.tensor(places[0]), device)
+    inputs[0][chosen] = state
+    inputs[1].copy_(to_device(torch.tensor(now).T, device))
+    graph.replay()
+    return output[chosen]
+
+
+def draw(p: Tensor, numbers: list[float]) -> Tensor:
+    """A token for each row, in proportion to p, float64.    R V -> R
+    numbers  where in 0..1 each row's draw falls, so that a row's text depends on its own draws alone"""
+    upto = p.cumsum(-1)  # R V
+    where = torch.tensor(numbers, device=p.device, dtype=p.dtype)[:, None] * upto[:, -1:]  # R 1
+    return (upto[:, :-1] <= where).sum(-1)
+
+
+def draft_and_verify(
+    net: LoopedTransformer,
+    newest: Tensor,
+    cache: Cache,
+    rows: Ints,
+    positions: Ints,
+    *,
+    drafts: int,
+    reached: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loops: int,
+    spread: Callable[[Tensor], Tensor] | None,
+    numbers: Callable[[], list[float]],
+) -> list[list[tuple]]:
+    """Tokens of full depth, most of whose loops run side by side: the exit lets some drafted tokens go early, one after
+    the other; then the loops that they lack run for all of them at once.    embeddings R D -> from 1 to `drafts` tokens
+    of each row, with what a `Token` says of them
+
+    The loops of a draft are the first ones of its full pass, because it reads no copies: before a token goes deeper,
+    those before it are taken as deep. The first draft that full depth doesn't say is put right, those after it go.
+    reached  whether tokens leave, of their state, the gate's cumulative exit probability, and the loop (from 1)
+    spread   logits to the probabilities that are drawn from (none: the likeliest token is taken)
+    numbers  a number in 0..1 for each row"""
+    states, ran, told = newest[:, None], [0], []  # R T D, and the loops that each of the T tokens has run
+    row = torch.arange(len(rows), device=newest.device)  # R
+
+    def deepen(states: Tensor, loop: int) -> Tensor:
+        """One loop more for the tokens that have run so many, the last ones.    R T D -> R T D"""
+        first = ran.index(loop)
+        ran[first:] = [loop + 1] * (len(ran) - first)
+        starts = [position + first for position in positions]
+        return torch.cat(
+            (states[:, :first], decode(net, states[:, first:], cache, rows, [loop] * len(rows), starts)), 1
+        )
+
+    # Draft: the newest token of a row says the next where the exit lets it go; the deepest row ends the step
+    while len(told) < drafts:
+        if told:
+            states, ran = torch.cat((states, net.embed_tokens(told[-1][0])[:, None]), 1), [*ran, 0]
+        log_stay, left, is_open = torch.zeros_like(net.gate(newest)), newest, row >= 0  # R, R D, R
+        loop_of, share = torch.full_like(row, loops), torch.ones_like(log_stay)
+        for loop in range(loops):
+            states = deepen(states, loop)
+            now = states[:, -1]
+            log_stay = log_stay + F.logsigmoid(-net.gate(now))
+            goes = is_open & reached(now, -torch.expm1(log_stay), torch.full_like(row, loop + 1))
+            left = torch.where((goes | (is_open & (loop == loops - 1)))[:, None], now, left)
+            if loop < loops - 1:
+                loop_of, share = loop_of.where(~goes, loop + 1), share.where(~goes, -torch.expm1(log_stay))
+            is_open = is_open & ~goes
+            if not is_open.any():
+                break
+        logits = net.logits(left)  # R V
+        p = spread(logits) if spread else logits  # R V
+        told.append((draw(p, numbers()) if spread else logits.argmax(-1), loop_of, share, p))
+
+    # Verify: the loops that are missing; then a token is right as often as full depth says it
+    for loop in range(ran[-1], loops):
+        states = deepen(states, loop)
+    said, loop_of, share, p = (torch.stack(x, 1) for x in zip(*told, strict=True))  # R T, R T, R T, R T V
+    logits = net.logits(states)  # R T V
+    likeliest = logits.argmax(-1)  # R T
+    full = spread(logits) if spread else None  # R T V
+    if spread:
+        ratio = (full / p).gather(-1, said[..., None])[..., 0]  # R T
+        is_right = ratio > torch.tensor([numbers() for _ in told], device=ratio.device).T
+    else:
+        is_right = said == likeliest
+    right = is_right.long().cumprod(-1).sum(-1)  # R  so many from the first on
+    wrong, is_wrong = right.clamp(max=drafts - 1), right < drafts
+    instead = draw((full - p)[row, wrong].clamp(min=0), numbers()) if spread else likeliest[row, wrong]  # R
+    said[row, wrong] = torch.where(is_wrong, instead, said[row, wrong])
+    loop_of[row, wrong] = torch.where(is_wrong, loops, loop_of[row, wrong])
+    share[row, wrong] = torch.where(is_wrong, 1.0, share[row, wrong])
+    logps = logits.log_softmax(-1).gather(-1, said[..., None])[..., 0]  # R T
+    columns = [x.double() for x in (said, loop_of, likeliest, logps, share)]
+    columns = [x.tolist() for x in (said, loop_of, likeliest, logps, share)]
+    tokens = ([*zip(*parts, strict=True)] for parts in zip(*columns, strict=True))  # of each row
+    return [row[:count] for row, count in zip(tokens, (right + is_wrong).tolist(), strict=True)]
