@@ -479,8 +479,8 @@ def test_every_flag_reaches_the_generation(folder, monkeypatch, capsys):
         yield from (Token(0, token, loops, token, -1.0, 0.5) for token, loops in ((70, 1), (1, 2), (71, 3)))
 
     monkeypatch.setattr(sample, "generate", note)
-    flags = "--max-tokens 7 --temperature 0.8 --top-p 0.95 --loops 3 --verify 5 --exit loop:2 --seed 2 --dtype fp32".split()
-    call(monkeypatch, sample, folder, "--prompt", "hi", *flags)
+    flags = "--max-tokens 7 --temperature 0.8 --top-p 0.95 --loops 3 --verify 5 --exit loop:2 --seed 2".split()
+    call(monkeypatch, sample, folder, "--prompt", "hi", "--dtype", "fp32", *flags)
     del seen["done"]
     assert seen == {
         "max_tokens": 7,
@@ -703,7 +703,7 @@ def test_the_threshold_of_the_checkpoint_is_the_default(folder, monkeypatch):
 
     monkeypatch.setattr(sample, "generate", note)
     for flags in ([], ["--exit-threshold", 1], ["--exit", "confidence:0.9"], ["--exit", "gate:0.2"]):
-        call(monkeypatch, sample, folder, "--prompt", "hi", *flags)
+        call(monkeypatch, sample, folder, "--prompt", "hi", "--dtype", "fp32", *flags)
     assert seen == [Exit("gate", 0.5), Exit("gate", 1.0), Exit("confidence", 0.9), Exit("gate", 0.2)]
     config = checkpoint.read_json(folder / "config.json")
     checkpoint.write_json(folder / "config.json", config | {"early_exit_threshold": 0.25})
