@@ -3,9 +3,12 @@
 python -m lab.bench decode                           what early exits save, one prompt; or DIR --batch 16
 python -m lab.bench plan --shape ouro-2.6b --gpus 8  memory of training, before it is tried
 python -m lab.bench rpt                              a LoopRPT step beside a naive reading of the paper
+python -m lab.bench gpu --out results/gpu.json       all of it on a GPU, in pieces of at most eight minutes
 """
 
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +18,16 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from einops import rearrange, repeat
+from rich.progress import Progress
 from torch import Tensor, nn
 
 import data
 import looprpt
 import sample
+from lab import study
 from model import LoopedTransformer, ModelConfig, exit_logpdf
 from support import checkpoint, runtime, sizes
-from support.ranges import AtLeastTwo, Checked, Positive, Range, unchecked
+from support.ranges import AtLeastTwo, Checked, NonNegative, Positive, Range, unchecked
 from support.runs import Stage, make_optimizer
 from support.runtime import Precision, UserError, console
 
@@ -35,21 +40,30 @@ SHAPES = {
     "ouro-2.6b": ModelConfig(layers=48, **OURO),
 }
 Shape = Literal["demo", "small", "medium", "ouro-1.4b", "ouro-2.6b"]
-ROWS = {"demo": (128, 11), "small": (8, 256), "medium": (4, 512), "ouro-1.4b": (1, 4096), "ouro-2.6b": (1, 4096)}
+ROWS = {"demo": (128, 11), "small": (2, 256), "medium": (4, 512), "ouro-1.4b": (1, 4096), "ouro-2.6b": (1, 4096)}
 PAPER, DENSE = looprpt.RECIPES["paper"], looprpt.RECIPES["dense"]
 FORMS = {"naive": PAPER, "paper": PAPER, "exact": replace(PAPER, estimator="exact", rollouts=1), "dense": DENSE}
 
 
 def random_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> LoopedTransformer:
     """Random weights, wide enough that the gate finds tokens to leave after every loop."""
-    c = replace(SHAPES[shape], init_std=0.06)
-    with torch.device(device):
-        net = LoopedTransformer(c, generator=runtime.seeded(shape, device=device)).to(dtype)
-    nn.init.normal_(
-        net.early_exit_gate.weight, std=1.5 * c.width**-0.5, generator=runtime.seeded("gate", device=device)
+    c, (weights, gate) = (
+        replace(SHAPES[shape], init_std=0.06),
+        (runtime.seeded(x, device=device) for x in (shape, "gate")),
     )
+    with torch.device(device):
+        net = LoopedTransformer(c, generator=weights).to(dtype)
+    nn.init.normal_(net.early_exit_gate.weight, std=1.5 * c.width**-0.5, generator=gate)
     nn.init.constant_(net.early_exit_gate.bias, -2.5)
     return net
+
+
+def told(tasks: list[tuple], what: str):
+    """The tasks, behind a progress bar that says which is under way and when all will end; on a terminal only."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        for task in bar.track(tasks):
+            bar.update(bar.task_ids[0], description=what.format(*task))
+            yield task
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,8 @@ class DecodeConfig(Checked):
     batch: Positive = 1  # prompts side by side; above 1, four times as many take their turns
     prompt_tokens: Positive = 64  # tokens of each prompt, drawn at random
     tokens: AtLeastTwo = 64  # new tokens of each; the first one comes from the prompt
-    rounds: Positive = 5  # alternating runs of each threshold; the first one more is not counted
+    rounds: Positive = 3  # alternating runs of each threshold; the first one more is not counted
+    verify: NonNegative = 0  # tokens that the exits draft, to be checked at full depth together (0: none are)
     cache: sample.CacheRule = "copy"  # as in sample.py
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     dtype: Precision = "auto"  # of weights and cache (auto: as stored, random weights bf16 on a GPU and fp32 on a CPU)
@@ -98,10 +113,11 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     prompts = torch.randint(net.config.vocab_size, size, generator=runtime.seeded("prompts")).tolist()
     how = {"max_tokens": config.tokens, "cache": config.cache, "temperature": 1.0, "batch": config.batch}
     runs = {threshold: [] for threshold in (*config.thresholds, 1.0)}
-    for _ in runtime.progress_bar(range(1 + config.rounds), "rounds"):
-        for threshold, run in runs.items():
-            tokens, seconds = decoded(net, prompts, exit=sample.Exit("gate", threshold), **how)
-            run.append((len(tokens) / seconds, fmean(token.loops for token in tokens)))
+    turns = [(turn, config.rounds, threshold) for turn in range(1 + config.rounds) for threshold in runs]
+    for *_, threshold in told(turns, "round {} of {}, exit threshold {}"):
+        drafts = {"verify": config.verify} if config.verify and threshold < 1 else {}
+        tokens, seconds = decoded(net, prompts, exit=sample.Exit("gate", threshold), **how, **drafts)
+        runs[threshold].append((len(tokens) / seconds, fmean(token.loops for token in tokens)))
     rows, cells = [], []
     for threshold, run in runs.items():
         speed, loops = map(median, zip(*run[1:], strict=True))
@@ -111,11 +127,12 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
         label = "all loops" if threshold == 1 else str(threshold)
         cells.append([label, f"{speed:.1f}", *(f"{x:.2f}" for x in numbers.values())])
     name = str(config.folder or config.shape)
-    title = f"decoding, {name}, batch {config.batch}, cache '{config.cache}'"
+    title = f"decoding, {name}, batch {config.batch}, cache '{config.cache}', verify {config.verify}"
     runtime.print_table(title, ("threshold", "tokens/s", "loops", "speed-up", "ideal", "of ideal"), cells)
     if config.out:
-        result = {"decode": name, "batch": config.batch, "cache": config.cache, "dtype": str(net.norm.weight.dtype)}
-        checkpoint.write_json(config.out, result | {"rows": rows} | runtime.provenance(device))
+        result = {"decode": name, "batch": config.batch, "cache": config.cache, "verify": config.verify}
+        result |= {"dtype": str(net.norm.weight.dtype), "rows": rows}
+        checkpoint.write_json(config.out, result | runtime.provenance(device))
 
 
 @dataclass(frozen=True)
@@ -152,8 +169,10 @@ class SpeedConfig(Checked):
     length: Annotated[int | None, Range(2)] = None  # tokens in a row (none: what suits the shape)
     rounds: Positive = 3  # alternating runs of each form; two more, before them, are not counted
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
-    naive: bool = True  # time the naive form too, which may need more memory than there is
+    stage: Literal["rpt", "pretrain"] = "rpt"  # what is trained; pretrain has one form
+    forms: tuple[Literal["naive", "paper", "exact", "dense"], ...] = tuple(FORMS)  # of the LoopRPT step
     compile: bool = True  # time the other forms with torch.compile too
+    recompute: bool = False  # compute each layer's activations again in the backward pass, as --train.recompute
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     out: Path | None = None  # where to write the result as JSON
 
@@ -200,76 +219,144 @@ def peak_bytes(step, standing: int, device: torch.device) -> int:
 
 
 def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
-    """A LoopRPT step, backward pass, optimiser and teacher included, beside a naive form of it.
+    """A training step, backward pass, optimiser and teacher included, in several forms: LoopRPT's beside a naive one.
     Naive and paper draw exits in 8 rollouts, exact takes the expectation in one, dense is without noise and trained on
-    all tokens. MFU counts the operations that our form needs, also for the naive one."""
+    all tokens. MFU counts the operations that our form needs, also for the naive one; the plan is that of `plan`."""
     config.check()
     runtime.require_new(config.out)
     device, usual = runtime.pick_device(config.device), ROWS[config.shape]
     rows, length = config.rows or usual[0], config.length or usual[1]
-    net = random_model(config.shape, device)
-    teacher = random_model(config.shape, device).requires_grad_(False)  # the same weights
-    standing = 4 * 4 * sum(p.numel() for p in net.parameters())  # weights of both, and two moments
+    net, is_rpt = random_model(config.shape, device), config.stage == "rpt"
+    teacher = random_model(config.shape, device).requires_grad_(False) if is_rpt else None  # the same weights
+    standing = 4 * (3 + is_rpt) * sum(p.numel() for p in net.parameters())  # weights, two moments, the teacher's
     optimizer = make_optimizer(net, 0.0, 0.0)  # a learning rate of 0: all forms meet the same weights
+    net.recompute = config.recompute
     ids = torch.randint(net.config.vocab_size, (rows, length + 1), generator=runtime.seeded("rows")).tolist()
     batch = data.trim_and_move(data.collate([data.Row(row, 1) for row in ids]), device)
-    forms = {form: cfg for form, cfg in FORMS.items() if config.naive or form != "naive"}
+    forms = {form: FORMS[form] for form in config.forms} if is_rpt else {"pretrain": looprpt.PretrainConfig()}
     if config.compile:
         forms |= {f"{form}, compiled": cfg for form, cfg in forms.items() if form != "naive"}
 
     def step(form: str) -> float:
-        for layer in (*net.layers, *teacher.layers):
+        for layer in (*net.layers, *(teacher.layers if is_rpt else ())):
             layer.compiled = form.endswith("compiled")
         start = time.perf_counter()
         cfg, noise = forms[form], runtime.seeded("noise", device=device)
+        counts, _ = looprpt.count_tokens(batch, getattr(cfg, "rho", 1.0), device)
         with runtime.autocast(device, config.precision):
             if form == "naive":
                 loss = naive_step(net, teacher, batch, cfg, noise)
-            else:
-                counts, _ = looprpt.count_tokens(batch, cfg.rho, device)
+            elif is_rpt:
                 loss = looprpt.rpt_step(net, teacher, batch, cfg, counts=counts, generator=noise).loss
+            else:
+                loss = looprpt.pretrain_step(net, batch, cfg, counts=counts).loss
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()  # here, so that the next step's memory starts without gradients
-        looprpt.ema_update(teacher, net, looprpt.RPTConfig.ema_decay)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if is_rpt:
+            looprpt.ema_update(teacher, net, looprpt.RPTConfig.ema_decay)
+        net.norm.weight[0].item()  # waits for a GPU
         return time.perf_counter() - start
 
-    peaks = {}
-    for form in runtime.progress_bar(forms, "warming up"):
+    peaks, times = {}, {form: [] for form in forms}
+    turns = [(turn, config.rounds, form) for turn in range(1 + config.rounds) for form in forms]
+    for turn, _, form in told(turns, "round {} of {}, {}"):
         try:
-            step(form)
-            peaks[form] = peak_bytes(lambda form=form: step(form), standing, device)
+            if turn == 0:
+                step(form)
+                peaks[form] = peak_bytes(lambda form=form: step(form), standing, device)
+            elif form in peaks:
+                times[form].append(step(form))
         except torch.OutOfMemoryError:
-            console.print(f"{form}: more memory than there is")
-    if not peaks:
-        raise UserError(f"--rows {rows} --length {length}: nothing fits into the memory of {device}, give less")
-    times = [{form: step(form) for form in peaks} for _ in runtime.progress_bar(range(config.rounds), "timing")]
-    first, peak, results = next(iter(peaks)), runtime.vendor_flops(device), []
-    for form, size in peaks.items():
-        seconds, speedup = median(t[form] for t in times), median(t[first] / t[form] for t in times)
-        mfu = runtime.step_flops("rpt", net.config, forms[form], batch) / seconds / peak if peak else None
-        row = {"form": form, "tokens_per_s": rows * length / seconds, "speedup": speedup, "peak_gib": size / 2**30}
-        results.append(row | {"memory": size / peaks[first], "mfu": mfu})
+            optimizer.zero_grad()
+            peaks.pop(form, None)
+    first, peak, results = next(iter(peaks), None), runtime.vendor_flops(device), []
     precision, made_by = runtime.matmul_dtype(device, config.precision), runtime.provenance(device)
-    title = f"rpt, {config.shape}, {rows} rows of {length}, {precision}, {made_by['device']}"
+    how = {"rows": rows, "length": length, "bf16": precision == "bf16", "recompute": config.recompute}
+    for form, cfg in forms.items():
+        row = {"form": form, "error": "out of memory"}
+        if form in peaks:
+            seconds, pairs = median(times[form]), zip(times[form], times[first], strict=True)
+            row = {"form": form, "tokens_per_s": rows * length / seconds, "speedup": median(b / a for a, b in pairs)}
+            row |= {"peak_gib": peaks[form] / 2**30, "memory": peaks[form] / peaks[first]}
+            row["mfu"] = runtime.step_flops(config.stage, net.config, cfg, batch) / seconds / peak if peak else None
+        plan = sum(sizes.step_memory(config.stage, net.config, cfg, **how).values())
+        results.append(row | {"plan_gib": None if form == "naive" else plan / 2**30})
+    title = f"{config.stage}, {config.shape}, {rows} rows of {length}, {precision}, {made_by['device']}"
+    title += ", recomputed" * config.recompute
     runtime.print_table(title, ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU"), map(speed_cells, results))
     if config.out:
-        run = {"bench": "rpt", "shape": config.shape, "rows": rows, "length": length, "precision": precision}
-        run |= {"threads": torch.get_num_threads(), "peak_tflops": peak and peak / 1e12, "forms": results}
-        checkpoint.write_json(config.out, {"runs": [run | made_by]})
+        run = {"bench": config.stage, "shape": config.shape, "precision": precision, "threads": torch.get_num_threads()}
+        run |= {"peak_tflops": peak and peak / 1e12, "forms": results}
+        checkpoint.write_json(config.out, {"runs": [run | how | made_by]})
 
 
 def speed_cells(row: dict) -> list[str]:
+    if "error" in row:
+        return [row["form"], row["error"]]
     speeds = f"{row['tokens_per_s']:,.0f}", f"{row['speedup']:.2f}", f"{row['peak_gib']:.2f}", f"{row['memory']:.2f}"
     return [row["form"], *speeds, "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"]
 
 
+# The first hour on a GPU: commands, each in a process of its own, so that none meets what another left in memory
+
+STEP = "-m lab.bench rpt --device {device} --out {new} --shape"
+DECODE = "-m lab.bench decode --device {device} --out {new} --shape ouro-1.4b --thresholds 0.3 0.7 --batch"
+PIECES = {"tests": "-m pytest -q --device {device} -m device"}
+PIECES |= {"rpt": f"{STEP} ouro-1.4b --forms paper exact dense --recompute", "rpt-medium": f"{STEP} medium"}
+for n in (1, 2, 4):
+    PIECES[f"pretrain-{n}"] = f"{STEP} ouro-1.4b --stage pretrain --rows {n}"
+    PIECES[f"pretrain-{n}-recomputed"] = PIECES[f"pretrain-{n}"] + " --recompute"
+for n, tokens in (1, 32), (8, 12), (32, 8):
+    PIECES[f"decode-{n}"] = f"{DECODE} {n} --tokens {tokens}"
+    PIECES[f"decode-{n}-verify"] = PIECES[f"decode-{n}"] + " --verify 4"
+PIECES["study"] = "-m lab.study run --track text --device {device} --texts {texts} --out {name}.runs --results {name}"
+PIECES["study"] += " --only next-token stage-1 paper dense"
+TINY = {"-q": "-k golden_hard", "rpt": "--shape demo --rows 2 --length 8 --rounds 1 --no-compile"}  # by subcommand
+TINY |= {"decode": "--shape demo --rounds 1 --tokens 3 --prompt-tokens 2", "run": "--track demo --seeds 1 --only dense"}
+
+
+def gpu(out: Path, only: tuple[str, ...] = (), tiny: bool = False, texts=study.StudyConfig.texts, device: str = "auto"):
+    """Every benchmark, the tests on the device, and the study as far as it comes, in pieces of at most eight minutes.
+
+    Args:
+        out: where each piece's result, or error, is written as soon as it is there; what it holds is not run again
+        only: of the pieces (none: all); of these, one that ended in an error is run again
+        tiny: each piece as small as can be, to try them on a CPU
+        texts: folder of the study's texts
+        device: cpu, cuda, cuda:1 (auto: a GPU if there is one)"""
+    limit = ["timeout", "--foreground", "-k", "60", "480"]  # seconds until it is told to end; the study saves
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    names, device = study.select(only, PIECES, "--only"), str(runtime.pick_device(device))
+    runtime.make_folder(out.parent)
+    pieces, lines = checkpoint.read_json(out)["pieces"] if out.exists() else {}, []
+    for name in (name for name in names if name not in pieces or (only and "error" in pieces[name])):
+        new = out.with_name(f"{out.stem}.{name}.json")
+        new.unlink(missing_ok=True)  # of a piece that was cut off
+        places = {"new": new, "name": out.with_suffix(""), "texts": texts, "device": device}
+        args = [part.format(**places) for part in PIECES[name].split()]
+        args += TINY[args[2]].split() if tiny else []
+        console.print(name, "python", *args, soft_wrap=True)
+        start, ended = time.perf_counter(), subprocess.run([*limit, sys.executable, *args], check=False, **how)
+        last = "not done after eight minutes" if ended.returncode == 124 else ended.stdout.strip().rpartition("\n")[2]
+        console.print(ended.stdout if ended.returncode else last, soft_wrap=True)
+        pieces[name] = {"command": ["python", *args], "seconds": time.perf_counter() - start}
+        pieces[name] |= checkpoint.read_json(new) if new.exists() else {"error" if ended.returncode else "said": last}
+        checkpoint.write_json(out, {"pieces": pieces})
+        new.unlink(missing_ok=True)
+    columns = ("tokens_per_s", "speedup", "loops", "mfu", "peak_gib", "plan_gib")
+    for name, piece in pieces.items():
+        said = [{"form": piece.get("error", piece.get("said"))}]
+        for row in [row for run in piece.get("runs", ()) for row in run["forms"]] or piece.get("rows", said):
+            what = ", ".join(str(row[key]) for key in ("form", "threshold", "error") if key in row)
+            lines.append([name, what[:99], *("–" if row.get(x) is None else f"{row[x]:,.2f}" for x in columns)])
+    runtime.print_table(str(out), ("piece", "form, or exit threshold", *columns), lines, left=2)
+
+
 @unchecked()
 def main() -> None:
-    commands = {"rpt": compare_forms, "decode": decode, "plan": plan}
+    commands = {"rpt": compare_forms, "decode": decode, "plan": plan, "gpu": gpu}
     tyro.extras.subcommand_cli_from_dict(commands, prog="python -m lab.bench")
 
 
