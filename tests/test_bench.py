@@ -2,17 +2,20 @@
 
 import inspect
 import json
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from helpers import call, refused
 from torch.testing import assert_close
 
 import data
 import looprpt
 import sample
-from lab import bench
+from lab import bench, study
 from model import LoopedTransformer, ModelConfig
 from support import checkpoint, runtime, sizes, text
 
@@ -92,6 +95,9 @@ def test_decode_takes_a_checkpoint(tmp_path, monkeypatch, capsys):
         ("rpt --rows -1", "--rows -1 is out of its range"),
         ("rpt --length 1", "--length 1 is out of its range: give a number 2 or more"),
         ("rpt --rounds 0", "--rounds 0 is out of its range"),
+        ("decode --verify -1", "--verify -1 is out of its range"),
+        ("gpu --out new.json --only all", "--only all: unknown, there are tests, rpt, "),
+        ("gpu --out new.json --device tpu", "--device tpu is not a device"),
         ("rpt --out other.json", "--out other.json is there already"),
         ("rpt --out other.json/new.json", "other.json can't be a folder"),
     ],
@@ -178,12 +184,16 @@ def test_speeds_are_written_to_a_file(tmp_path, monkeypatch, capfd):
     runs = json.loads((tmp_path / "new" / "bench.json").read_text())["runs"]
     assert [r["precision"] for r in runs] == ["bf16"]
     for run in runs:
-        assert run["bench"] == "rpt"
+        assert (run["bench"], run["bf16"], run["recompute"]) == ("rpt", True, False)
         assert run.keys() > {"argv", "commit", "torch", "device", "shape", "rows", "length", "threads", "peak_tflops"}
         first = run["forms"][0]
         assert (first["form"], first["speedup"], first["memory"]) == ("naive", 1, 1)
         assert all(r["tokens_per_s"] > 0 and r["peak_gib"] > 0 for r in run["forms"])
         assert all(r["mfu"] is None for r in run["forms"]), "of a GPU only"
+        plans = [r["plan_gib"] for r in run["forms"]]
+        how = {"rows": 2, "length": 8, "bf16": True, "recompute": False}
+        expected = [sum(sizes.step_memory("rpt", SHAPE, bench.FORMS[r["form"]], **how).values()) for r in run["forms"]]
+        assert plans == [None, *(x / 2**30 for x in expected[1:])]
         assert "–" in shown.out
         assert [r["form"] for r in run["forms"]] == ["naive", "paper", "exact", "dense"]
 
@@ -207,16 +217,102 @@ def test_speeds_say_what_the_clock_and_the_memory_say(monkeypatch, capsys):
         return {8: 4 * 2**30, 2: 2**30}[now[0] - start]
 
     monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
-    monkeypatch.setattr(bench, "FORMS", {"naive": looprpt.RPTConfig(), "ours": looprpt.RPTConfig()})
     monkeypatch.setattr(bench, "naive_step", naive_step)
     monkeypatch.setattr(looprpt, "rpt_step", rpt_step)
     monkeypatch.setattr(bench, "peak_bytes", peak_bytes)
     monkeypatch.setattr(bench.runtime, "vendor_flops", lambda *_: 16e12)
     monkeypatch.setattr(bench.runtime, "step_flops", lambda *_: 16e12)
-    bench.compare_forms(bench.SpeedConfig(rows=4, length=16, compile=False))
+    bench.compare_forms(bench.SpeedConfig(rows=4, length=16, compile=False, forms=("naive", "paper")))
     cells = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["naive", "8", "1.00", "4.00", "1.00", "12", "%"] in cells
-    assert ["ours", "32", "4.00", "1.00", "0.25", "50", "%"] in cells
+    assert ["paper", "32", "4.00", "1.00", "0.25", "50", "%"] in cells
+
+
+def test_stage_one_is_timed_without_a_teacher_and_what_does_not_fit_is_a_row(tmp_path, monkeypatch, capsys):
+    """The first form runs out of memory in its backward pass, another one at its first step."""
+    monkeypatch.setitem(bench.SHAPES, "small", SHAPE)
+    few, made, steps = ["--no-compile", "--rows", "2", "--length", "8", "--rounds", "1"], [], []
+    build, step = bench.random_model, looprpt.rpt_step
+    monkeypatch.setattr(bench, "random_model", lambda *how: made.append(build(*how)) or made[-1])
+    call(monkeypatch, bench, "rpt", *few, "--stage", "pretrain", "--recompute", "--out", tmp_path / "a.json")
+    (run,) = json.loads((tmp_path / "a.json").read_text())["runs"]
+    assert (run["bench"], [r["form"] for r in run["forms"]], len(made)) == ("pretrain", ["pretrain"], 1)
+    assert made[0].recompute
+    plan = sizes.step_memory("pretrain", SHAPE, None, rows=2, length=8, bf16=False, recompute=True)
+    assert run["forms"][0]["plan_gib"] == sum(plan.values()) / 2**30
+
+    def rpt_step(net, teacher, batch, cfg, **how):
+        steps.append(cfg)
+        if len(steps) == 3 or cfg is bench.DENSE:
+            raise torch.OutOfMemoryError
+        assert all(p.grad is None for p in net.parameters()), "nothing is left of a step that did not fit"
+        return step(net, teacher, batch, cfg, **how)
+
+    monkeypatch.setattr(looprpt, "rpt_step", rpt_step)
+    call(monkeypatch, bench, "rpt", *few, "--forms", "dense", "paper", "exact", "--out", tmp_path / "b.json")
+    rows = json.loads((tmp_path / "b.json").read_text())["runs"][0]["forms"]
+    assert [r.get("error") for r in rows] == ["out of memory", "out of memory", None]
+    assert rows[2]["speedup"] == rows[2]["memory"] == 1, "beside the first that fits"
+    assert capsys.readouterr().out.count("out of memory") == 2
+
+
+# The first hour on a GPU
+
+
+def test_the_gpu_hour_runs_scaled_down_and_goes_on(tmp_path, monkeypatch, capsys):
+    """Every piece's command, in this process; the tests as they are started, and the study only read."""
+    run, ran, generate = subprocess.run, [], sample.generate
+    taken = inspect.signature(generate).parameters
+    monkeypatch.setattr(
+        sample, "generate", lambda *args, **how: generate(*args, **{k: x for k, x in how.items() if k in taken})
+    )
+
+    def here(command, **how):
+        if command[0] != "timeout":
+            return run(command, **how)
+        assert command[:5] == ["timeout", "--foreground", "-k", "60", "480"]
+        module, *args = command[7:]
+        ran.append(module)
+        if module == "lab.study":
+            config = tyro.cli(study.StudyConfig, args=args[1:])
+            assert (config.track, config.device, config.results) == ("demo", "cpu", tmp_path / "gpu")
+            return subprocess.CompletedProcess(command, 124, "seed 0\n")
+        if module == "lab.bench":
+            call(monkeypatch, bench, *args)
+            return subprocess.CompletedProcess(command, 0, "")
+        return run(command, **how)
+
+    monkeypatch.setattr(subprocess, "run", here)
+    monkeypatch.chdir(Path(bench.__file__).parent.parent)
+    few = ["gpu", "--tiny", "--device", "cpu", "--out", tmp_path / "gpu.json"]
+    call(monkeypatch, bench, *few, "--only", "decode-8-verify", "tests")
+    assert ran == ["lab.bench", "pytest"]
+    call(monkeypatch, bench, *few)
+    assert len(ran) == len(bench.PIECES), "what is there is not run again"
+    call(monkeypatch, bench, *few)
+    assert len(ran) == len(bench.PIECES), "nor what failed"
+    call(monkeypatch, bench, *few, "--only", "study", "rpt")
+    assert ran[len(bench.PIECES) :] == ["lab.study"], "but when it is asked for"
+    pieces = json.loads((tmp_path / "gpu.json").read_text())["pieces"]
+    assert pieces.keys() == bench.PIECES.keys()
+    assert "1 passed" in pieces["tests"]["said"]
+    assert [r["form"] for r in pieces["rpt"]["runs"][0]["forms"]] == ["paper", "exact", "dense"]
+    assert [pieces[f"pretrain-{n}"]["runs"][0]["recompute"] for n in ("4", "4-recomputed")] == [False, True]
+    decoded = [pieces[f"decode-32{end}"] for end in ("", "-verify")]
+    assert [(d["batch"], d["verify"], len(d["rows"])) for d in decoded] == [(32, 0, 3), (32, 4, 3)]
+    assert pieces["study"]["error"] == "not done after eight minutes"
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+    table = capsys.readouterr().out.rpartition("gpu.json")[2]
+    assert all(name in table for name in pieces)
+    assert "not done after eight minutes" in table
+
+
+def test_a_piece_that_fails_is_recorded_by_its_sentence_and_the_next_one_begins(tmp_path, monkeypatch, capsys):
+    pieces = {"broken": "-c raise(SystemExit('error:_nothing_fits'))", "tests": "-c print(8)"}
+    monkeypatch.setattr(bench, "PIECES", pieces)
+    bench.gpu(tmp_path / "new" / "gpu.json", device="cpu")
+    found = json.loads((tmp_path / "new" / "gpu.json").read_text())["pieces"]
+    assert (found["broken"]["error"], found["tests"]["said"]) == ("error:_nothing_fits", "8")
 
 
 def test_peak_memory_counts_what_lives_at_once():

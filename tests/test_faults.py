@@ -153,6 +153,24 @@ def test_a_run_that_was_cut_while_it_saved_goes_on_too(straight, tmp_path, monke
     assert not [*out.rglob(".*.tmp")], "what was half-written is gone"
 
 
+def test_a_run_on_the_device_goes_on_from_what_it_saved(tmp_path, monkeypatch, device):
+    """As straight as it is exact: a GPU adds up in no fixed order."""
+    few, runs = "--pretrain.steps 3 --rpt.steps 4 --train.save-every 2 --device".split(), ("straight", "cut")
+    straight, out = (tmp_path / name for name in runs)
+    call(monkeypatch, straight, *few, device)
+    with monkeypatch.context() as patch:
+        cut_at(patch, "count_tokens", 6)
+        with pytest.raises(Cut):
+            call(patch, out, *few, device)
+    assert names(out) == ["rpt-000002", "pretrain-000003"]
+    call(monkeypatch, out, *few, device, "--resume")
+    if device.type == "cpu":
+        same(out, straight)
+    for mine, expected in zip(log_of(out), log_of(straight), strict=True):
+        assert (mine["stage"], mine["step"]) == (expected["stage"], expected["step"])
+        assert mine["loss"] == pytest.approx(expected["loss"], rel=1e-2, abs=1e-2)
+
+
 def test_resuming_needs_no_other_flag_and_refuses_another_run(straight, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:

@@ -14,6 +14,7 @@ from helpers import slow_step
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import data
 import eval
 import looprpt
 import model
@@ -22,15 +23,16 @@ from looprpt import RECIPES, RPTConfig, TokenCounts, rpt_step
 from support import checkpoint
 
 
-def test_golden_model(golden):
-    net, expected = checkpoint.load(golden / "ouro_tiny"), load_file(golden / "ouro_tiny" / "reference.safetensors")
+def test_golden_model(golden, device):
+    net, reference = checkpoint.load(golden / "ouro_tiny", device), golden / "ouro_tiny" / "reference.safetensors"
+    expected = {name: x.to(device) for name, x in load_file(reference).items()}
     with torch.no_grad():
         out = net(expected["input_ids"])
         logits = net.logits(out.hidden)
-    close = {"rtol": 1e-5, "atol": 1e-5}  # float32 in another order of additions
+    close = {"rtol": 1e-5, "atol": 1e-5 if device.type == "cpu" else 5e-5}  # float32 in another order of additions
     assert_close(out.hidden, expected["hidden"], **close)
     assert_close(out.gate, expected["gate_logits"], **close)
-    assert_close(logits, expected["logits"], rtol=1e-5, atol=1e-5 * expected["logits"].abs().max().item())
+    assert_close(logits, expected["logits"], rtol=1e-5, atol=close["atol"] * expected["logits"].abs().max().item())
     assert_close(model.exit_logpdf(out.gate).exp(), expected["exit_pdf"], **close)
     thresholds = [name for name in expected if name.startswith("exit_loop_q")]
     assert thresholds
@@ -40,7 +42,7 @@ def test_golden_model(golden):
 
 
 @pytest.fixture
-def step(golden, monkeypatch):
+def step(golden, monkeypatch, device):
     """The reference step's numbers, and a function that runs ours on its inputs, draws and hyper-parameters."""
     folder = golden / "rl_step"
     reference, tensors = (
@@ -51,7 +53,7 @@ def step(golden, monkeypatch):
     ids, hard = tensors["input_ids"].long(), tensors["hard_mask"].bool()
     batch = Batch(ids[:, :-1], ids[:, 1:], tensors["loss_mask_at_prediction"][:, :-1].bool())
     exits = rearrange(tensors["sampled_loops"].long()[:, :-1], "(b g) t -> b t g", g=hyper["rollouts"])[hard]  # N G
-    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: exits)
+    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: exits.to(device))
     cfg = replace(
         RPTConfig(),
         rollouts=hyper["rollouts"],
@@ -67,19 +69,19 @@ def step(golden, monkeypatch):
     )
 
     def run(**changes):
-        student, teacher = (checkpoint.load(folder / name) for name in ("student", "teacher"))
+        student, teacher = (checkpoint.load(folder / name, device) for name in ("student", "teacher"))
         changed, counts = copy(cfg), TokenCounts(batch.mask.sum(), hard.sum())
         vars(changed).update(changes)  # unchecked: a wrong sign is refused
-        return student, rpt_step(student, teacher, batch, changed, counts=counts)
+        return student, rpt_step(student, teacher, data.trim_and_move(batch, device), changed, counts=counts)
 
     return reference, tensors, batch, cfg, run
 
 
-def test_golden_hard_tokens(golden, step):
+def test_golden_hard_tokens(golden, step, device):
     reference, tensors, batch, cfg, _ = step
-    teacher = checkpoint.load(golden / "rl_step" / "teacher")
+    teacher = checkpoint.load(golden / "rl_step" / "teacher", device)
     with torch.no_grad():
-        entropy = looprpt.entropy_of(teacher.logits(teacher(batch.inputs).hidden[:, :, -1]))
+        entropy = looprpt.entropy_of(teacher.logits(teacher(batch.inputs.to(device)).hidden[:, :, -1])).cpu()
     assert_close(entropy, tensors["teacher_entropy"], rtol=1e-4, atol=1e-5)
     hard = looprpt.hard_tokens(entropy, batch.mask, cfg.rho)
     assert hard.equal(tensors["hard_mask"].bool())
@@ -96,7 +98,7 @@ def test_golden_terms(step):
     assert metrics["loss"] == pytest.approx(expected["total_loss"], **close)
 
 
-def test_golden_step_of_a_recipe(golden, step, monkeypatch):
+def test_golden_step_of_a_recipe(golden, step, monkeypatch, same_noise, device):
     """That code has the published values as its own, but for the size of the group, the noise and the KL. Ours, dense:
     on the same models and tokens, value and gradient of the slow reading, which has that code's value and gradient with
     its own hyper-parameters."""
@@ -106,40 +108,40 @@ def test_golden_step_of_a_recipe(golden, step, monkeypatch):
     for ours in (cfg, RECIPES["paper"], RECIPES["dense"]):
         many = exits.repeat(1, 1, 2)[..., : ours.rollouts]
         hard = looprpt.hard_tokens(tensors["teacher_entropy"], batch.mask, ours.rho)
-        monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator, x=many[hard]: x)
+        monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator, x=many[hard]: x.to(device))
         (student, teacher), (slow_student, slow_teacher) = (
-            [checkpoint.load(golden / "rl_step" / name).double() for name in ("student", "teacher")] for _ in range(2)
+            [checkpoint.load(golden / "rl_step" / name, where).double() for name in ("student", "teacher")]
+            for where in (device, "cpu")
         )
         counts, noise = TokenCounts(batch.mask.sum(), hard.sum()), lambda: torch.Generator().manual_seed(3)
-        output = rpt_step(student, teacher, batch, ours, counts=counts, generator=noise())
+        there = data.trim_and_move(batch, device)
+        output = rpt_step(student, teacher, there, ours, counts=counts, generator=noise())
         slow = slow_step(slow_student, slow_teacher, batch, ours, noise(), lambda b, t, g, x=many: x[b, t, g])
         assert hard.sum() == (batch.mask.sum() if ours is RECIPES["dense"] else reference["metrics"]["n_hard"])
         if ours is cfg:
             assert slow.item() == pytest.approx(reference["metrics"]["total_loss"], rel=1e-4)
-        assert_close(output.loss, slow, rtol=1e-9, atol=1e-9)
+        assert_close(output.loss.cpu(), slow, rtol=1e-9, atol=1e-9)
         output.loss.backward()
         slow.backward()
         for (name, p), q in zip(student.named_parameters(), slow_student.named_parameters(), strict=True):
-            assert_close(p.grad, q[1].grad, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+            assert_close(p.grad.cpu(), q[1].grad, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
             if ours is cfg:
                 expected = tensors[f"grad.{checkpoint.ouro_name(name)}"].double()
                 assert (q[1].grad - expected).norm() <= 1e-4 * expected.norm().clamp(min=1e-12), name
 
 
 @pytest.fixture
-def passes(golden, step):
+def passes(golden, step, device):
     """Runs both models on chosen tokens: gates, logits, and log-probability of the gold token after each loop."""
-    batch, nets = step[2], [checkpoint.load(golden / "rl_step" / name) for name in ("student", "teacher")]
+    batch = data.trim_and_move(step[2], device)
+    nets = [checkpoint.load(golden / "rl_step" / name, device) for name in ("student", "teacher")]
 
     @torch.no_grad()
     def run(selected):
         outs = [net(batch.inputs) for net in nets]
         logits = [net.logits(out.hidden[selected]) for net, out in zip(nets, outs, strict=True)]
-        return (
-            [out.gate[selected] for out in outs],
-            logits,
-            [looprpt.logp_of(x, batch.targets[selected]) for x in logits],
-        )
+        logp = [looprpt.logp_of(x, batch.targets[selected]) for x in logits]
+        return [[x.cpu() for x in each] for each in ([out.gate[selected] for out in outs], logits, logp)]
 
     return run
 
@@ -174,7 +176,7 @@ def test_golden_gradients(step):
     names = {checkpoint.ouro_name(name): p for name, p in student.named_parameters()}
     assert expected.keys() == names.keys()
     for name, gradient in expected.items():
-        error = (names[name].grad - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        error = (names[name].grad.cpu() - gradient).norm() / gradient.norm().clamp(min=1e-12)
         assert error < 1e-4, f"{name}: relative error {error:.2e}"
 
 
@@ -184,6 +186,6 @@ def test_golden_gradients_notice_a_wrong_sign(step, term):
     _, tensors, _, cfg, run = step
     student, output = run(**{term: -getattr(cfg, term)})
     output.loss.backward()
-    grads = {checkpoint.ouro_name(name): p.grad for name, p in student.named_parameters()}
+    grads = {checkpoint.ouro_name(name): p.grad.cpu() for name, p in student.named_parameters()}
     errors = [(grads[n[5:]] - g).norm() / g.norm() for n, g in tensors.items() if n.startswith("grad.") and g.any()]
     assert max(errors) > 1e-3

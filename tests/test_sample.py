@@ -1,5 +1,6 @@
 """Generation: the cache against the full forward pass, exits against a slow reading, and the command line."""
 
+import copy
 import json
 import random
 from dataclasses import replace
@@ -53,12 +54,12 @@ def copying(request, monkeypatch):
 
 @pytest.mark.parametrize("prefix", range(1, 7))
 @pytest.mark.parametrize("loops", [1, 4, 6])
-def test_cached_decoding_equals_the_full_forward_pass(net, prefix, loops):
+def test_cached_decoding_equals_the_full_forward_pass(net, prefix, loops, device):
     """Every loop's state, for every prefix, in batches whose rows start at different places and are padded."""
-    ids = torch.randint(13, (3, 12), generator=torch.Generator().manual_seed(1))
+    net, ids = net.to(device), torch.randint(13, (3, 12), generator=torch.Generator().manual_seed(1)).to(device)
     starts = [prefix, prefix + 2, prefix + 5]
     whole = net(ids, loops=loops).hidden  # B T L D
-    cache = Cache(net.config, 3, 12, loops=loops, device=CPU, dtype=torch.float64)
+    cache = Cache(net.config, 3, 12, loops=loops, device=device, dtype=torch.float64)
     padded = ids[:, : max(starts)].clone()
     for b, start in enumerate(starts):
         padded[b, start:] = 0  # padding, which must not be seen
@@ -71,11 +72,11 @@ def test_cached_decoding_equals_the_full_forward_pass(net, prefix, loops):
             assert_close(state, whole[range(3), positions, loop], rtol=1e-10, atol=1e-10)
 
 
-def test_rows_at_different_loops_share_a_pass(net, copying):
+def test_rows_at_different_loops_share_a_pass(net, copying, device):
     """Row 0 runs its loops one tick behind row 1: the cache keeps them apart."""
-    ids = torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(2))
+    net, ids = net.to(device), torch.randint(13, (2, 6), generator=torch.Generator().manual_seed(2)).to(device)
     whole = net(ids).hidden
-    cache = Cache(net.config, 2, 6, loops=4, device=CPU, dtype=torch.float64)
+    cache = Cache(net.config, 2, 6, loops=4, device=device, dtype=torch.float64)
     prefill(net, ids[:, :4], cache, [0, 1], 4)
     state = net.embed_tokens(ids[:, 4])
     state[1:] = decode(net, state[1:, None], cache, [1], [0], [4])[:, 0]
@@ -86,12 +87,12 @@ def test_rows_at_different_loops_share_a_pass(net, copying):
         assert_close(state[1], whole[1, 4, loop + 1])
 
 
-def test_full_depth_generation_is_greedy_decoding_of_the_full_forward_pass(net):
-    expected = []
+def test_full_depth_generation_is_greedy_decoding_of_the_full_forward_pass(net, device):
+    expected, net = [], net.to(device)
     for prompt in PROMPTS:
         text = list(prompt)
         for _ in range(10):
-            text.append(net.logits(net(torch.tensor([text])).hidden[0, -1, -1]).argmax().item())
+            text.append(net.logits(net(torch.tensor([text], device=device)).hidden[0, -1, -1]).argmax().item())
         expected.append([(token, 4) for token in text[len(prompt) :]])
     for cache in ("full", "copy"):
         assert collect(generate(net, PROMPTS, max_tokens=10, cache=cache)) == expected
@@ -166,7 +167,7 @@ def slow_generate(net, prompt, *, max_tokens, exit, cache, loops):
 @pytest.mark.parametrize(("loops", "batch"), [(2, None), (4, None), (4, 2)])
 @pytest.mark.parametrize("cache", ["copy", "last", "full"])
 @pytest.mark.parametrize("exit", [Exit("gate", 0.7), Exit("gate", 1.0), Exit("confidence", 0.3)])
-def test_text_and_loops_equal_a_slow_reading(net, copying, exit, cache, loops, batch):
+def test_text_and_loops_equal_a_slow_reading(net, copying, exit, cache, loops, batch, device):
     """Of each row alone; together they run at different loops, end at different times, and make room for the next."""
     lengths = [9, 3, 12, 6]
 
@@ -174,7 +175,8 @@ def test_text_and_loops_equal_a_slow_reading(net, copying, exit, cache, loops, b
         return len(text) == lengths[row]
 
     how = {"exit": exit, "cache": cache, "loops": loops}
-    texts = collect(generate(net, PROMPTS, max_tokens=12, done=done, batch=batch, **how))
+    there = copy.deepcopy(net).to(device)
+    texts = collect(generate(there, PROMPTS, max_tokens=12, done=done, batch=batch, **how))
     with torch.no_grad():
         for row, prompt in enumerate(PROMPTS):
             assert texts[row] == slow_generate(net, prompt, max_tokens=lengths[row], **how)
@@ -243,10 +245,10 @@ def test_a_drawn_token_tells_the_likeliest_too(net):
 
 @pytest.mark.parametrize("exit", [Exit("gate", 0.7), Exit("gate", 1.0), Exit("confidence", 0.3)])
 @pytest.mark.parametrize("loops", [3, 4])
-def test_a_token_tells_its_log_probability_and_the_gates_word_on_its_exit(net, copying, exit, loops):
+def test_a_token_tells_its_log_probability_and_the_gates_word_on_its_exit(net, copying, exit, loops, device):
     """By one full pass over the finished text; whatever it was drawn at, and whichever rule let it leave."""
     how = {"temperature": 0.5, "top_p": 0.8, "cache": "full", "exit": exit, "loops": loops}
-    tokens = list(generate(net, PROMPTS, max_tokens=12, **how))
+    tokens = list(generate(copy.deepcopy(net).to(device), PROMPTS, max_tokens=12, **how))
     for row, prompt in enumerate(PROMPTS):
         mine = [t for t in tokens if t.row == row]
         out = net(torch.tensor([prompt + [t.id for t in mine]]), loops=loops)
@@ -268,11 +270,12 @@ def test_keeping_the_last_loop_only_is_a_quarter_of_the_memory():
 
 
 @pytest.mark.parametrize("exit", [Exit("gate", 0.0), Exit("gate", 0.5), Exit("gate", 1.0), Exit("confidence", 0.4)])
-def test_leaving_in_hindsight_and_on_the_way_agree(net, exit):
+def test_leaving_in_hindsight_and_on_the_way_agree(net, exit, device):
     """`logits_at_exit` on all loops chooses what decoding with an exact cache chooses."""
+    net.to(device)
     texts = collect(generate(net, PROMPTS, max_tokens=12, exit=exit, cache="full"))
     for prompt, row in zip(PROMPTS, texts, strict=True):
-        out = net(torch.tensor([prompt + [token for token, _ in row]]))
+        out = net(torch.tensor([prompt + [token for token, _ in row]], device=device))
         logits, leave = sample.logits_at_exit(net, exit, out.hidden[0], out.gate[0])
         assert leave[len(prompt) : -1].tolist() == [loops for _, loops in row][1:]
         assert logits.argmax(-1)[len(prompt) : -1].tolist() == [token for token, _ in row][1:]

@@ -32,11 +32,11 @@ METRICS = {
 }
 
 
-def make(seed, **changes):
+def make(seed, device="cpu", **changes):
     generator = torch.Generator().manual_seed(seed)
     net = LoopedTransformer(replace(SHAPE, **changes), generator=generator).double()
     torch.nn.init.normal_(net.early_exit_gate.bias, std=0.3, generator=generator)
-    return net
+    return net.to(device)
 
 
 @pytest.fixture
@@ -55,9 +55,9 @@ def train(run, config, rows, **how):
     return lines
 
 
-def first_step(stage, config, rows):
+def first_step(stage, config, rows, net=None):
     """A stage after its first step, and what that logs."""
-    run = looprpt.start_stage(stage, make(0), config)
+    run = looprpt.start_stage(stage, net or make(0), config)
     (line,) = train(run, config, rows, stopping=lambda: True)
     return run, line
 
@@ -88,7 +88,7 @@ LARGE |= {"pg_weight": 1.3}  # so that no term is lost beside another
 @pytest.mark.parametrize(
     "form", [*RECIPES, *FORMS], ids=lambda f: f if isinstance(f, str) else "-".join(map(str, f.values()))
 )
-def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, form):
+def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, same_noise, device, form):
     """Value and gradient. It settles at once: which loops are shared or skipped, what is detached, which rollout of
     which sequence a token is grouped with, the sign and weight of each term, and that easy tokens count for nothing."""
     loops = 4
@@ -97,42 +97,41 @@ def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, form):
     else:
         cfg = replace(RPTConfig(), **LARGE | {name: x for name, x in form.items() if name != "loops"})
         loops = form.get("loops", 4)
-    student, teacher = make(0, loops=loops), make(1, loops=loops)
-    slow_student = copy.deepcopy(student)
+    student, teacher = make(0, device, loops=loops), make(1, device, loops=loops)
+    slow_student, slow_teacher = make(0, loops=loops), make(1, loops=loops)  # on the CPU
     exits = torch.randint(loops, (B, T, cfg.rollouts), generator=torch.Generator().manual_seed(5))
 
     hard = torch.zeros_like(batch.mask)
 
     def note_hard(*args):
-        hard.copy_(chosen(*args))
-        return hard.clone()
+        hard.copy_(found := chosen(*args))
+        return found
 
     chosen = looprpt.hard_tokens
     monkeypatch.setattr(looprpt, "hard_tokens", note_hard)
-    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: exits[hard])
-    output = rpt_step(
-        student, teacher, batch, cfg, counts=counts_of(batch, cfg.rho), generator=torch.Generator().manual_seed(3)
-    )
+    monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: exits[hard].to(device))
+    there, noise = data.trim_and_move(batch, device), torch.Generator().manual_seed(3)
+    output = rpt_step(student, teacher, there, cfg, counts=counts_of(batch, cfg.rho), generator=noise)
     slow = slow_step(
-        slow_student, teacher, batch, cfg, torch.Generator().manual_seed(3), lambda b, t, g: exits[b, t, g]
+        slow_student, slow_teacher, batch, cfg, torch.Generator().manual_seed(3), lambda b, t, g: exits[b, t, g]
     )
-    assert_close(output.loss, slow, rtol=1e-10, atol=1e-10)
+    assert_close(output.loss.cpu(), slow, rtol=1e-10, atol=1e-10)
     output.loss.backward()
     slow.backward()
     for (name, p), q in zip(student.named_parameters(), slow_student.parameters(), strict=True):
-        assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        assert_close(p.grad.cpu(), q.grad, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_exits_are_drawn_from_each_rollout_of_its_own(batch, monkeypatch):
+def test_exits_are_drawn_from_each_rollout_of_its_own(batch, monkeypatch, device):
     """From the noisy exit distributions, not from the clean pass's."""
-    cfg, seen, student = replace(RPTConfig(), rollouts=3, noise_std=0.5, rho=1.0), [], make(0)
+    cfg, seen, student = replace(RPTConfig(), rollouts=3, noise_std=0.5, rho=1.0), [], make(0, device)
     draw = looprpt.draw_exits
     monkeypatch.setattr(looprpt, "draw_exits", lambda logpi, generator: seen.append(logpi) or draw(logpi, generator))
-    noise = torch.Generator().manual_seed(3)
-    rpt_step(student, make(1), batch, cfg, counts=counts_of(batch, cfg.rho), generator=noise)
+    noise, there = torch.Generator(device).manual_seed(3), data.trim_and_move(batch, device)
+    rpt_step(student, make(1, device), there, cfg, counts=counts_of(batch, cfg.rho), generator=noise)
     with torch.no_grad():
-        gates = looprpt.noisy_gates(student, student(batch.inputs), cfg, torch.Generator().manual_seed(3))
+        gates = looprpt.noisy_gates(student, student(there.inputs), cfg, noise.manual_seed(3))
     (drawn_from,) = seen
     assert_close(drawn_from, exit_logpdf(gates[batch.mask]))
     assert (drawn_from[:, 0] - drawn_from[:, 1]).abs().max() > 0.1
@@ -335,7 +334,7 @@ def test_no_step_waits_for_the_device(batch, recipe):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["off", "on"])
-def test_compiled_layers_give_the_same_and_compile_once(recompute):
+def test_compiled_layers_give_the_same_and_compile_once(recompute, device):
     """One graph for weights that are trained and one for weights that aren't, whatever the rows and their lengths."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -347,7 +346,7 @@ def test_compiled_layers_give_the_same_and_compile_once(recompute):
     for mode in ("off", "on"):
         config = replace(config, train=replace(config.train, compile=mode))
         for stage in STAGES:
-            run = looprpt.start_stage(stage, make(0), config)
+            run = looprpt.start_stage(stage, make(0, device), config)
             results[mode, stage] = train(run, config, rows())
             graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             assert graphs == ({"pretrain": 1, "gate": 2, "rpt": 2}[stage] if mode == "on" else 0)
@@ -369,7 +368,8 @@ def rows():
 SUMS = filled(
     Config(
         data=DataConfig(length=16),
-        train=TrainConfig(batch=7, clip=1e9),
+        train=TrainConfig(batch=7, clip=1e9, compile="off"),
+        precision="fp32",
         pretrain=looprpt.PretrainConfig(lr=2e-3),
         rpt=replace(RECIPES["dense"], rho=0.5, kl_weight=0.5, steps=2, lr=1e-3),
     ),
@@ -379,12 +379,12 @@ SUMS = filled(
 STAGES = ("pretrain", "gate", "rpt")
 
 
-def gradients(config):
+def gradients(config, device="cpu"):
     """Every gradient and metric of the first step of each objective."""
     results = {}
     for stage in STAGES:
-        run, line = first_step(stage, config, rows())
-        grads = {name: p.grad for name, p in run.student.named_parameters() if p.grad is not None}
+        run, line = first_step(stage, config, rows(), make(0, device))
+        grads = {name: p.grad.cpu() for name, p in run.student.named_parameters() if p.grad is not None}
         results |= {f"{stage} {name}": processes.full_tensor(grad) for name, grad in grads.items()}
         results |= {f"{stage} {name}": torch.tensor(line[name]) for name in METRICS[stage]}
     return results
@@ -415,8 +415,26 @@ def agree(actual, expected):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(straight, size):
-    agree(gradients(replace(SUMS, train=replace(SUMS.train, micro_batch=size))), straight)
+def test_micro_batches_give_the_gradient_of_the_whole_batch(straight, size, device):
+    agree(gradients(replace(SUMS, train=replace(SUMS.train, micro_batch=size)), device), straight)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_in_mixed_precision_is_close_to_one_in_float32(stage, device):
+    """Compiled where that is the default, recomputed; weights, gradients and what is logged stay in float32."""
+    config = replace(SUMS, rpt=replace(SUMS.rpt, rho=1.0))  # no token is hard by a hair
+    mixed = replace(config, precision="bf16", train=replace(config.train, compile="auto", recompute="on"))
+    (exact, line), (run, close) = (
+        first_step(stage, how, rows(), make(0, where, init_std=0.1).float())
+        for how, where in ((config, "cpu"), (mixed, device))
+    )
+    assert close["loss"] == pytest.approx(line["loss"], rel=2e-3)
+    pairs = [
+        (p, q) for p, q in zip(run.student.parameters(), exact.student.parameters(), strict=True) if q.requires_grad
+    ]
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p, _ in pairs)
+    errors = [((p.grad.cpu() - q.grad).norm() / q.grad.norm()).item() for p, q in pairs]
+    assert 1e-3 < max(errors) < 0.1, "bfloat16's, neither float32's nor another gradient's"
 
 
 @pytest.mark.parametrize(
