@@ -58,12 +58,12 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.
     return net
 
 
-def told(tasks: list[tuple], what: str):
-    """The tasks, behind a progress bar that says which is under way and when all will end; on a terminal only."""
+def told(rounds: int, forms):
+    """Each form in each round, 0 for warming up; a progress bar, on a terminal, says which, and when all will end."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        for task in bar.track(tasks):
-            bar.update(bar.task_ids[0], description=what.format(*task))
-            yield task
+        for turn, form in bar.track([(turn, form) for turn in range(1 + rounds) for form in forms]):
+            bar.update(bar.task_ids[0], description=f"round {turn} of {rounds}, {form}")
+            yield turn, form
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,15 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
         net, _ = sample.load_with_tokenizer(config.folder, device, config.dtype)
     else:
         net = random_model(config.shape, device, runtime.DTYPES[runtime.matmul_dtype(device, config.dtype)])
-    depth, most = net.config.loops, net.config.max_positions
-    if config.prompt_tokens + config.tokens > most:
+    depth = net.config.loops
+    if config.prompt_tokens + config.tokens > (most := net.config.max_positions):
         problem = f"--prompt-tokens {config.prompt_tokens} and --tokens {config.tokens}"
         raise UserError(f"{problem} are more than the model's {most} positions: give less")
     size = 4 * config.batch if config.batch > 1 else 1, config.prompt_tokens
     prompts = torch.randint(net.config.vocab_size, size, generator=runtime.seeded("prompts")).tolist()
     how = {"max_tokens": config.tokens, "cache": config.cache, "temperature": 1.0, "batch": config.batch}
     runs = {threshold: [] for threshold in (*config.thresholds, 1.0)}
-    turns = [(turn, config.rounds, threshold) for turn in range(1 + config.rounds) for threshold in runs]
-    for *_, threshold in told(turns, "round {} of {}, exit threshold {}"):
+    for _, threshold in told(config.rounds, runs):
         drafts = {"verify": config.verify} if config.verify and threshold < 1 else {}
         tokens, seconds = decoded(net, prompts, exit=sample.Exit("gate", threshold), **how, **drafts)
         runs[threshold].append((len(tokens) / seconds, fmean(token.loops for token in tokens)))
@@ -260,8 +259,7 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
         return time.perf_counter() - start
 
     peaks, times = {}, {form: [] for form in forms}
-    turns = [(turn, config.rounds, form) for turn in range(1 + config.rounds) for form in forms]
-    for turn, _, form in told(turns, "round {} of {}, {}"):
+    for turn, form in told(config.rounds, forms):
         try:
             if turn == 0:
                 step(form)
@@ -288,8 +286,7 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
     runtime.print_table(title, ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU"), map(speed_cells, results))
     if config.out:
         run = {"bench": config.stage, "shape": config.shape, "precision": precision, "threads": torch.get_num_threads()}
-        run |= {"peak_tflops": peak and peak / 1e12, "forms": results}
-        checkpoint.write_json(config.out, {"runs": [run | how | made_by]})
+        checkpoint.write_json(config.out, {"runs": [run | how | {"forms": results} | made_by]})
 
 
 def speed_cells(row: dict) -> list[str]:
@@ -302,30 +299,28 @@ def speed_cells(row: dict) -> list[str]:
 # The first hour on a GPU: commands, each in a process of its own, so that none meets what another left in memory
 
 STEP = "-m lab.bench rpt --device {device} --out {new} --shape"
-DECODE = "-m lab.bench decode --device {device} --out {new} --shape ouro-1.4b --thresholds 0.3 0.7 --batch"
+DECODE = "-m lab.bench decode --device {device} --out {new} --shape ouro-1.4b --rounds 2 --thresholds 0.3 0.7"
 PIECES = {"tests": "-m pytest -q --device {device} -m device"}
 PIECES |= {"rpt": f"{STEP} ouro-1.4b --forms paper exact dense --recompute", "rpt-medium": f"{STEP} medium"}
 for n in (1, 2, 4):
     PIECES[f"pretrain-{n}"] = f"{STEP} ouro-1.4b --stage pretrain --rows {n}"
     PIECES[f"pretrain-{n}-recomputed"] = PIECES[f"pretrain-{n}"] + " --recompute"
-for n, tokens in (1, 32), (8, 12), (32, 8):
-    PIECES[f"decode-{n}"] = f"{DECODE} {n} --tokens {tokens}"
+for n, tokens in (1, 32), (8, 12), (32, 4):
+    PIECES[f"decode-{n}"] = f"{DECODE} --batch {n} --tokens {tokens}"
     PIECES[f"decode-{n}-verify"] = PIECES[f"decode-{n}"] + " --verify 4"
 PIECES["study"] = "-m lab.study run --track text --device {device} --texts {texts} --out {name}.runs --results {name}"
 PIECES["study"] += " --only next-token stage-1 paper dense"
-TINY = {"-q": "-k golden_hard", "rpt": "--shape demo --rows 2 --length 8 --rounds 1 --no-compile"}  # by subcommand
-TINY |= {"decode": "--shape demo --rounds 1 --tokens 3 --prompt-tokens 2", "run": "--track demo --seeds 1 --only dense"}
+TINY = {
+    "-q": "tests/test_golden.py -k golden_hard",
+    "rpt": "--shape demo --rows 2 --length 8 --rounds 1 --no-compile",
+}  # by subcommand
+TINY |= {"decode": "--shape demo --rounds 1 --tokens 2 --thresholds 0.5", "run": "--track demo --seeds 1 --only dense"}
 
 
 def gpu(out: Path, only: tuple[str, ...] = (), tiny: bool = False, texts=study.StudyConfig.texts, device: str = "auto"):
     """Every benchmark, the tests on the device, and the study as far as it comes, in pieces of at most eight minutes.
-
-    Args:
-        out: where each piece's result, or error, is written as soon as it is there; what it holds is not run again
-        only: of the pieces (none: all); of these, one that ended in an error is run again
-        tiny: each piece as small as can be, to try them on a CPU
-        texts: folder of the study's texts
-        device: cpu, cuda, cuda:1 (auto: a GPU if there is one)"""
+    Each is written to --out once it is there. The same command goes on with the others, and with --only it tries again
+    what ended in an error. With --tiny all is as small as can be, for a CPU; --texts is as in lab.study."""
     limit = ["timeout", "--foreground", "-k", "60", "480"]  # seconds until it is told to end; the study saves
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     names, device = study.select(only, PIECES, "--only"), str(runtime.pick_device(device))
@@ -333,25 +328,27 @@ def gpu(out: Path, only: tuple[str, ...] = (), tiny: bool = False, texts=study.S
     pieces, lines = checkpoint.read_json(out)["pieces"] if out.exists() else {}, []
     for name in (name for name in names if name not in pieces or (only and "error" in pieces[name])):
         new = out.with_name(f"{out.stem}.{name}.json")
-        new.unlink(missing_ok=True)  # of a piece that was cut off
         places = {"new": new, "name": out.with_suffix(""), "texts": texts, "device": device}
         args = [part.format(**places) for part in PIECES[name].split()]
         args += TINY[args[2]].split() if tiny else []
         console.print(name, "python", *args, soft_wrap=True)
         start, ended = time.perf_counter(), subprocess.run([*limit, sys.executable, *args], check=False, **how)
-        last = "not done after eight minutes" if ended.returncode == 124 else ended.stdout.strip().rpartition("\n")[2]
-        console.print(ended.stdout if ended.returncode else last, soft_wrap=True)
+        status, last = ended.returncode, ended.stdout.strip().rpartition("\n")[2]
+        last = "not done after eight minutes" if status == 124 else last or f"exit status {status}"
+        console.print(ended.stdout if status else last, soft_wrap=True)
         pieces[name] = {"command": ["python", *args], "seconds": time.perf_counter() - start}
-        pieces[name] |= checkpoint.read_json(new) if new.exists() else {"error" if ended.returncode else "said": last}
+        pieces[name] |= checkpoint.read_json(new) if new.exists() else {"error" if status else "said": last}
         checkpoint.write_json(out, {"pieces": pieces})
         new.unlink(missing_ok=True)
+    made_by = runtime.provenance(torch.device(device))  # only now: it takes memory of a GPU
     columns = ("tokens_per_s", "speedup", "loops", "mfu", "peak_gib", "plan_gib")
     for name, piece in pieces.items():
         said = [{"form": piece.get("error", piece.get("said"))}]
         for row in [row for run in piece.get("runs", ()) for row in run["forms"]] or piece.get("rows", said):
             what = ", ".join(str(row[key]) for key in ("form", "threshold", "error") if key in row)
             lines.append([name, what[:99], *("–" if row.get(x) is None else f"{row[x]:,.2f}" for x in columns)])
-    runtime.print_table(str(out), ("piece", "form, or exit threshold", *columns), lines, left=2)
+    title = f"{out}: {made_by['device']}, commit {made_by['commit']}"
+    runtime.print_table(title, ("piece", "form, or exit threshold", *columns), lines, left=2)
 
 
 @unchecked()

@@ -185,7 +185,7 @@ def test_speeds_are_written_to_a_file(tmp_path, monkeypatch, capfd):
     assert [r["precision"] for r in runs] == ["bf16"]
     for run in runs:
         assert (run["bench"], run["bf16"], run["recompute"]) == ("rpt", True, False)
-        assert run.keys() > {"argv", "commit", "torch", "device", "shape", "rows", "length", "threads", "peak_tflops"}
+        assert run.keys() > {"argv", "commit", "torch", "device", "shape", "rows", "length", "threads"}
         first = run["forms"][0]
         assert (first["form"], first["speedup"], first["memory"]) == ("naive", 1, 1)
         assert all(r["tokens_per_s"] > 0 and r["peak_gib"] > 0 for r in run["forms"])
@@ -299,10 +299,10 @@ def test_the_gpu_hour_runs_scaled_down_and_goes_on(tmp_path, monkeypatch, capsys
     assert [r["form"] for r in pieces["rpt"]["runs"][0]["forms"]] == ["paper", "exact", "dense"]
     assert [pieces[f"pretrain-{n}"]["runs"][0]["recompute"] for n in ("4", "4-recomputed")] == [False, True]
     decoded = [pieces[f"decode-32{end}"] for end in ("", "-verify")]
-    assert [(d["batch"], d["verify"], len(d["rows"])) for d in decoded] == [(32, 0, 3), (32, 4, 3)]
+    assert [(d["batch"], d["verify"], len(d["rows"])) for d in decoded] == [(32, 0, 2), (32, 4, 2)]
     assert pieces["study"]["error"] == "not done after eight minutes"
     assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
-    table = capsys.readouterr().out.rpartition("gpu.json")[2]
+    table = capsys.readouterr().out.rpartition("gpu.json: cpu, commit ")[2]
     assert all(name in table for name in pieces)
     assert "not done after eight minutes" in table
 
