@@ -310,10 +310,7 @@ for n, tokens in (1, 32), (8, 12), (32, 4):
     PIECES[f"decode-{n}-verify"] = PIECES[f"decode-{n}"] + " --verify 4"
 PIECES["study"] = "-m lab.study run --track text --device {device} --texts {texts} --out {name}.runs --results {name}"
 PIECES["study"] += " --only next-token stage-1 paper dense"
-TINY = {
-    "-q": "tests/test_golden.py -k golden_hard",
-    "rpt": "--shape demo --rows 2 --length 8 --rounds 1 --no-compile",
-}  # by subcommand
+TINY = {"-q": "tests/test_golden.py -k hard", "rpt": "--shape demo --rows 2 --length 8 --rounds 1 --no-compile"}
 TINY |= {"decode": "--shape demo --rounds 1 --tokens 2 --thresholds 0.5", "run": "--track demo --seeds 1 --only dense"}
 
 
