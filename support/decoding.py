@@ -102,13 +102,14 @@ def replay(net, state: Tensor, cache: Cache, places: list[Ints], length: int, sa
     if (key := (state.shape[1], length, same)) not in cache.recorded:
         idle = torch.tensor([[b, 0, cache.nowhere] for b in range(cache.rows)], device=device).T.contiguous()
         inputs = state.new_zeros(cache.rows, *state.shape[1:]), idle
+        record = partial(run_pass, net, inputs[0], cache, idle, length, same, None)
         stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):  # once before: libraries set themselves up
-            stream.wait_stream(torch.cuda.default_stream(device))
-            run_pass(net, inputs[0], cache, idle, length, same, None)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            record()  # once before: libraries set themselves up
         torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(graph):
-            output = run_pass(net, inputs[0], cache, idle, length, same, None)
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            output = record()
         cache.recorded[key] = graph, inputs, output
     graph, inputs, output = cache.recorded[key]
     now = [[b, 0, cache.nowhere] for b in range(cache.rows)]
