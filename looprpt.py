@@ -435,7 +435,7 @@ def start_stage(stage: Stage, student: LoopedTransformer, config: Config, *, tea
     for net in filter(None, (student, teacher)):
         if config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda"):
             net.compile()
-        processes.shard(net, config.dist, device)
+        processes.shard(net, config.dist, device, bf16=runtime.matmul_dtype(device, config.precision) == "bf16")
     trained = student.early_exit_gate if gate_only else student
     return Run(stage, student, teacher, runs.make_optimizer(trained, cfg.lr, getattr(cfg, "weight_decay", 0.0)))
 
@@ -634,6 +634,7 @@ def main() -> None:
 
     with processes.stop_signals() as asked:
         with processes.process_group(device, config.train.timeout, resumes_from=newest), runs.locked(folder):
+            runs.require_shared(folder, device)
             models, log = run_stages(config, tokenizer, rows, device, stopping=lambda: bool(asked))
         if rank == 0 and models is None:
             signals = " ".join(asked) or "another process"

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from support.runtime import UserError
@@ -74,25 +74,34 @@ def count_shards(kind: Literal["auto", "ddp", "fsdp"], parameters: int, device: 
         kind = "fsdp" if all_reduce_sum(torch.tensor(float(not small), device=device)) else "ddp"  # the same on all
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    return 1 if kind == "ddp" else local if world % local == 0 else world
+    return 1 if kind == "ddp" else local if local > 1 and world % local == 0 else world
 
 
-def shard(net: nn.Module, kind: Literal["auto", "ddp", "fsdp"], device: torch.device) -> nn.Module:
+def shard(net: nn.Module, kind: Literal["auto", "ddp", "fsdp"], device: torch.device, *, bf16: bool) -> nn.Module:
     """Over the processes: 'ddp' is a copy for each, 'fsdp' a shard for each of a machine's, a copy for each machine.
     Gradients are summed, not averaged: a loss is divided by a count over all processes already. Parameters stay
     gathered until `reshard`: the blocks run L times in each forward and backward pass, and letting go each time would
-    gather about four times as often."""
+    gather about four times as often.
+    bf16  gather the matrices of layers and head in bfloat16; norms, gate, embedding and all gradients in float32"""
     if not dist.is_initialized():
         return net
     world, shards = dist.get_world_size(), count_shards(kind, sum(p.numel() for p in net.parameters()), device)
     mesh = dist.init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copies", "shards"))
-    for module in (*net.layers, net):
-        fully_shard(module, mesh=mesh, reshard_after_forward=False)
+    rounded = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)  # the state is as it was
+    parts = [*net.layers] if net.config.tied else [*net.layers, net.lm_head]
+    matrices = {p for part in parts for p in part.parameters() if p.dim() > 1}
+    for module in (net, *parts):  # the root first, so that it takes the norms inside the layers, too
+        others = matrices if module is net else {*net.parameters()} - matrices
+        policy = rounded if bf16 and module is not net else MixedPrecisionPolicy()
+        fully_shard(module, mesh=mesh, reshard_after_forward=False, mp_policy=policy, ignored_params=others)
         module.set_reshard_after_backward(False)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     for name in ("logits", "gate"):
         register_fsdp_forward_method(net, name)
+    hooked = net.gate  # in `forward` it is the plain one: the hooks would let go of the root, and the head needs it
+    net.register_forward_pre_hook(lambda *_: delattr(net, "gate"))
+    net.register_forward_hook(lambda *_: setattr(net, "gate", hooked))
     return net
 
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import LoopedTransformer, ModelConfig
 from support import checkpoint
-from support.processes import full_tensor, is_writer
+from support.processes import all_reduce_sum, full_tensor, is_writer
 from support.runtime import UserError, console, git, make_folder, provenance
 
 Stage = Literal["pretrain", "gate", "rpt"]
@@ -236,6 +236,21 @@ def locked(folder: Path) -> Iterator[None]:
         except (ImportError, OSError):
             pass
         yield
+
+
+def require_shared(folder: Path, device: torch.device) -> None:
+    """Raises UserError, in every process, if one doesn't see within 2 seconds what the first one writes to a folder."""
+    number = all_reduce_sum(torch.tensor(uuid.uuid4().int >> 66 if is_writer() else 0, device=device))
+    file, until = folder / f".seen.{number:x}", time.monotonic() + 2
+    if is_writer():
+        file.touch()
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+        any(folder.parent.glob("*"))  # makes a network disk's client ask again for a folder that was not there
+    blind = all_reduce_sum(torch.tensor(int(not file.exists()), device=device))
+    file.unlink(missing_ok=True)
+    if blind:
+        raise UserError(f"--out {folder} is not one folder for all processes: give all the same, on a shared disk")
 
 
 def open_run(folder: Path, config, student: LoopedTransformer, world: int, chosen: Sequence[str]) -> dict:

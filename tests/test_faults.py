@@ -592,33 +592,48 @@ def test_a_full_disk_ends_the_run_in_a_sentence_and_leaves_what_was_saved(straig
 # Processes
 
 
+def agents(out, *args):
+    """Two agents of torchrun with a process each, as on two machines."""
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
+    meet += ["--master-port", str(random.randrange(20_000, 60_000)), "--node-rank"]
+    start, *script = command(out, "--objective", "pretrain", "--data.val-rows", 8, "--train.timeout", 20, *args)
+    begin = [start, "-m", "torch.distributed.run", *meet]
+    return [subprocess.Popen([*begin, rank, *script], **PIPES) for rank in "01"]
+
+
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_in_a_sentence(tmp_path):
-    out, many = tmp_path / "out", ["--pretrain.steps", 100_000, "--train.save-every", 5, "--train.timeout", 20]
-    port = str(random.randrange(20_000, 60_000))
-    programs = []
-    for rank in range(2):
-        env = ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-        env |= {"MASTER_PORT": port, "LOCAL_WORLD_SIZE": "2"}
-        programs.append(
-            subprocess.Popen(command(out, *many), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        )
+def test_a_machine_that_dies_ends_the_other_in_a_sentence_and_both_go_on(tmp_path):
+    out = tmp_path / "out"
+    programs = agents(out, "--pretrain.steps", 100_000, "--train.save-every", 5)
     try:
         wait_for(out, "pretrain", 12, programs[0])
-        programs[1].kill()
+        one = programs[1].pid
+        workers = Path(f"/proc/{one}/task/{one}/children").read_text().split()
+        assert len(workers) == 1
+        for pid in (one, *workers):
+            os.kill(int(pid), signal.SIGKILL)
         start = time.monotonic()
         _, error = programs[0].communicate(timeout=60)
         assert time.monotonic() - start < 40
     finally:
-        for run in programs:
-            run.kill()
-            run.communicate()
+        for program in programs:
+            program.terminate()  # an agent passes it on
+            program.communicate()
     assert programs[0].returncode == 1, error[-3000:]
-    last = error.strip().splitlines()[-1]
+    (last,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert last.startswith("error: another process is gone (")
-    assert f"--resume goes on from {out / 'state' / 'pretrain-0000'}" in last
-    assert "Traceback" not in error
-    assert runs.damage_of(states(out)[0]) is None
+    state = states(out)[0]
+    assert last.endswith(f"--resume goes on from {state}")
+    assert "Traceback" not in error.partition(last)[0]  # after it, torchrun has its own
+    assert runs.damage_of(state) is None
+    done = int(state.name.partition("-")[2])
+    ends = [
+        (*program.communicate(timeout=60), program.returncode)
+        for program in agents(out, "--resume", "--pretrain.steps", done + 2)
+    ]
+    assert [code for *_, code in ends] == [0, 0], ends
+    assert f"pretrain goes on after step {done}, from {state}" in ends[0][0]
+    assert [line["step"] for line in log_of(out) if line["stage"] == "pretrain"] == [*range(1, done + 3)]
 
 
 class Late:
