@@ -44,6 +44,12 @@ def device(request) -> torch.device:
     return pick_device(request.config.getoption("--device"))
 
 
+@pytest.fixture(scope="session")
+def near(device) -> float:
+    """How near float64 comes to a CPU's: the rotary angles are float32, and a GPU's cosine is another."""
+    return 1e-10 if device.type == "cpu" else 1e-6
+
+
 @pytest.fixture
 def same_noise(monkeypatch):
     """Noise is drawn on the CPU and moved, so that a step on a device and a slow reading on the CPU draw the same."""

@@ -98,7 +98,7 @@ def test_golden_terms(step):
     assert metrics["loss"] == pytest.approx(expected["total_loss"], **close)
 
 
-def test_golden_step_of_a_recipe(golden, step, monkeypatch, same_noise, device):
+def test_golden_step_of_a_recipe(golden, step, monkeypatch, same_noise, device, near):
     """That code has the published values as its own, but for the size of the group, the noise and the KL. Ours, dense:
     on the same models and tokens, value and gradient of the slow reading, which has that code's value and gradient with
     its own hyper-parameters."""
@@ -120,7 +120,7 @@ def test_golden_step_of_a_recipe(golden, step, monkeypatch, same_noise, device):
         assert hard.sum() == (batch.mask.sum() if ours is RECIPES["dense"] else reference["metrics"]["n_hard"])
         if ours is cfg:
             assert slow.item() == pytest.approx(reference["metrics"]["total_loss"], rel=1e-4)
-        assert_close(output.loss.cpu(), slow, rtol=1e-9, atol=1e-9)
+        assert_close(output.loss.cpu(), slow, rtol=10 * near, atol=10 * near)
         output.loss.backward()
         slow.backward()
         for (name, p), q in zip(student.named_parameters(), slow_student.named_parameters(), strict=True):

@@ -245,7 +245,7 @@ def test_a_drawn_token_tells_the_likeliest_too(net):
 
 @pytest.mark.parametrize("exit", [Exit("gate", 0.7), Exit("gate", 1.0), Exit("confidence", 0.3)])
 @pytest.mark.parametrize("loops", [3, 4])
-def test_a_token_tells_its_log_probability_and_the_gates_word_on_its_exit(net, copying, exit, loops, device):
+def test_a_token_tells_its_log_probability_and_the_gates_word_on_its_exit(net, copying, exit, loops, device, near):
     """By one full pass over the finished text; whatever it was drawn at, and whichever rule let it leave."""
     how = {"temperature": 0.5, "top_p": 0.8, "cache": "full", "exit": exit, "loops": loops}
     tokens = list(generate(copy.deepcopy(net).to(device), PROMPTS, max_tokens=12, **how))
@@ -256,11 +256,11 @@ def test_a_token_tells_its_log_probability_and_the_gates_word_on_its_exit(net, c
         expected = [
             net.logits(out.hidden[0, i, t.loops - 1]).log_softmax(-1)[t.id] for i, t in zip(at, mine, strict=True)
         ]
-        assert [t.logp for t in mine] == pytest.approx([x.item() for x in expected], abs=1e-9)
+        assert [t.logp for t in mine] == pytest.approx([x.item() for x in expected], abs=10 * near)
         stay = torch.sigmoid(-out.gate[0]).cumprod(-1)  # T L
         shares = [1 - stay[i, t.loops - 1].item() if t.loops < loops else 1.0 for i, t in zip(at, mine, strict=True)]
         shares[0] = 1.0  # the prompt runs at full depth
-        assert [t.exit for t in mine] == pytest.approx(shares, abs=1e-9)
+        assert [t.exit for t in mine] == pytest.approx(shares, abs=10 * near)
     assert {t.loops for t in tokens} > {loops} or exit.threshold == 1
 
 

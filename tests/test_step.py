@@ -88,7 +88,7 @@ LARGE |= {"pg_weight": 1.3}  # so that no term is lost beside another
 @pytest.mark.parametrize(
     "form", [*RECIPES, *FORMS], ids=lambda f: f if isinstance(f, str) else "-".join(map(str, f.values()))
 )
-def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, same_noise, device, form):
+def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, same_noise, device, near, form):
     """Value and gradient. It settles at once: which loops are shared or skipped, what is detached, which rollout of
     which sequence a token is grouped with, the sign and weight of each term, and that easy tokens count for nothing."""
     loops = 4
@@ -115,11 +115,11 @@ def test_step_equals_a_slow_reading_of_the_paper(batch, monkeypatch, same_noise,
     slow = slow_step(
         slow_student, slow_teacher, batch, cfg, torch.Generator().manual_seed(3), lambda b, t, g: exits[b, t, g]
     )
-    assert_close(output.loss.cpu(), slow, rtol=1e-10, atol=1e-10)
+    assert_close(output.loss.cpu(), slow, rtol=near, atol=near)
     output.loss.backward()
     slow.backward()
     for (name, p), q in zip(student.named_parameters(), slow_student.parameters(), strict=True):
-        assert_close(p.grad.cpu(), q.grad, rtol=1e-8, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+        assert_close(p.grad.cpu(), q.grad, rtol=100 * near, atol=near, msg=lambda m, name=name: f"{name}: {m}")
     assert all(p.grad is None for p in teacher.parameters())
 
 
@@ -403,11 +403,11 @@ def straight():
     return gradients(SUMS)
 
 
-def agree(actual, expected):
+def agree(actual, expected, near=1e-10):
     assert actual.keys() == expected.keys()
     for name in expected:
         loose = {"rtol": 1e-6, "atol": 1e-6}  # measurements are kept in float32
-        tight = {"rtol": 1e-9, "atol": 1e-12}
+        tight = {"rtol": 10 * near, "atol": near / 100 if near < 1e-9 else near}
         is_gradient = actual[name].dim() > 0
         assert_close(
             actual[name], expected[name], **(tight if is_gradient else loose), msg=lambda m, name=name: f"{name}: {m}"
@@ -415,8 +415,8 @@ def agree(actual, expected):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_micro_batches_give_the_gradient_of_the_whole_batch(straight, size, device):
-    agree(gradients(replace(SUMS, train=replace(SUMS.train, micro_batch=size)), device), straight)
+def test_micro_batches_give_the_gradient_of_the_whole_batch(straight, size, device, near):
+    agree(gradients(replace(SUMS, train=replace(SUMS.train, micro_batch=size)), device), straight, near)
 
 
 @pytest.mark.parametrize("stage", STAGES)
