@@ -276,34 +276,24 @@ def at_threshold_half(scores: dict) -> tuple[float, float]:
 
 
 def print_results(comparison: dict) -> None:
-    """Print accuracy by loop and at exit threshold 0.5, also by operand or difficulty, and what exit rules reach."""
+    """Print accuracy by loop and at exit threshold 0.5: of all tokens, then by operand or difficulty."""
     models = {name: model["buckets"] for name, model in comparison["models"].items()}
     depths = [bucket for bucket in next(iter(models.values())) if bucket.startswith("depth_")]
     by, loops = "operand" if depths else "difficulty", max(len(m["all"]["by_loop"]) for m in models.values())
     heads = ["model", "tokens", *(f"loop {i + 1}" for i in range(loops)), "exit 0.5", "loops"]
 
-    def cells(accuracies: list[float | None], mean_loops: float | None) -> list[str]:
-        percents = ["–" if a is None else f"{100 * a:.1f}" for a in accuracies]
-        return [*percents, "–" if mean_loops is None else f"{mean_loops:.2f}"]
-
     def row(name: str, bucket: str) -> list[str]:
         summary = models[name][bucket]
         by_loop, (mean_loops, accuracy) = summary["by_loop"], at_threshold_half(summary)
         accuracies = [*by_loop, *[None] * (loops - len(by_loop)), accuracy]
-        return [name, f"{summary['tokens']:,}", *cells(accuracies, mean_loops)]
+        percents = ["–" if a is None else f"{100 * a:.1f}" for a in accuracies]
+        return [name, f"{summary['tokens']:,}", *percents, "–" if mean_loops is None else f"{mean_loops:.2f}"]
 
     print_table("accuracy in %, held-out tokens", heads, [row(name, "all") for name in models])
     rows = []
     for bucket in depths or DIFFICULTY:
         rows += [[bucket.removeprefix("depth_"), *row(name, bucket)] for name in models] + [[]]
     print_table(f"accuracy in %, by {by}", [by, *heads], rows, left=2)
-    rows = []
-    for name, m in models.items():
-        if (s := m["all"]).get("area"):
-            rows.append([name, *cells([*s["area"].values(), s["oracle"]["accuracy"]], s["oracle"]["loops"])])
-    if rows:
-        title = "mean accuracy in % over all numbers of loops, by exit rule"
-        print_table(title, ["model", *EXIT_RULES, "random", "oracle", "loops"], rows)
 
 
 def compare_folders(config: EvalConfig, folders: dict[str, Path], rows: Rows, device: torch.device) -> dict[str, float]:
@@ -335,11 +325,9 @@ def main() -> None:
     shapes, settings = [checkpoint.load_config(folder) for folder in config.models], config.data
     for folder, shape in zip(config.models, shapes, strict=True):
         settings = settings.within(shape.max_positions, folder)
-        if shape.vocab_size != shapes[0].vocab_size:
-            problem = f"{folder} has a vocabulary of {shape.vocab_size}, {config.models[0]} one of"
-            raise UserError(
-                f"{problem} {shapes[0].vocab_size}: only models of one tokenizer can be compared token by token"
-            )
+        if shape.vocab_size != (first := shapes[0].vocab_size):
+            problem = f"{folder} has a vocabulary of {shape.vocab_size}, {config.models[0]} one of {first}"
+            raise UserError(f"{problem}: only models of one tokenizer can be compared token by token")
     tokenizer, rows = data.pick_tokenizer(config.data, config.models[0]), None
     if config.data.path:
         rows, notes = data.encode(config.data.path, tokenizer, settings)

@@ -329,13 +329,9 @@ def loops_table(results: dict[str, list[dict]], at_loops: Sequence[float], rules
     return rows
 
 
-STYLES = {  # of lines: colours that the colour-blind tell apart, markers that differ in print
-    "base": ("#000000", "o-"),
-    "next-token": ("#999999", "v:"),
-    "stage-1": ("#0072B2", "s--"),
-    "paper": ("#E69F00", "^--"),
-    "dense": ("#D55E00", "*-"),
-}
+# Of lines: colours that the colour-blind tell apart, markers that differ in print
+STYLES = {"base": "#000000 o-", "next-token": "#999999 v:", "stage-1": "#0072B2 s--", "paper": "#E69F00 ^--"}
+STYLES |= {"dense": "#D55E00 *-"}
 
 
 def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> None:
@@ -356,7 +352,7 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
         figure = Figure(figsize=(2 + 5 * panels, 4), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False, subplot_kw={"xlabel": xlabel})[0]
         for ax, (i, name) in itertools.product(axes, enumerate(results)):
-            (color, line), label = STYLES[name], LABELS.get(name, name)
+            (color, line), label = STYLES[name].split(), LABELS.get(name, name)
             if picture == "pareto":
                 points = [run["curves"]["gate"] for run in results[name]]
                 ax.plot(*half[i].mean(0) * torch.tensor([1, 100]), line, color=color, markersize=10)

@@ -241,11 +241,8 @@ def index_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
         if not where or not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise UserError(f"{index} has no weight_map of names to files: restore the file")
     elif not (folder / "model.safetensors").is_file():
-        if pickles := sorted(path.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(kind)):
-            problem = f"{folder} holds {pickles[0]}, a pickle, which can run any code when it is loaded"
-            way_out = "only safetensors are read; convert it in a sandbox, by safetensors.torch.save_file"
-            raise UserError(f"{problem}: {way_out}")
-        raise UserError(f"{folder} has no model.safetensors: only safetensors checkpoints are read")
+        problem = f"{folder} has no model.safetensors, and a pickle (.bin, .pt) can run any code when it is loaded"
+        raise UserError(f"{problem}: convert it in a sandbox, by safetensors.torch.save_file, or download another")
     for file in sorted({*where.values()}) or ["model.safetensors"]:
         path = folder / file
         if Path(file).name != file or not os.path.isfile(path):

@@ -94,19 +94,12 @@ def type_parts(hint: object) -> list:
 
 def config_from_json(kind: type, values: dict):
     """A configuration from its JSON form. Raises UserError for one with flags of another version."""
-    known, hints = {}, get_type_hints(kind)
+    hints = get_type_hints(kind)
     if gone := ", ".join(sorted(values.keys() - hints.keys())):
         raise UserError(f"the run was started with flags of another version ({gone}): go on with that version")
-    for name, hint in hints.items():
-        if name not in values and not is_dataclass(hint):
-            continue  # a flag that came later
-        value = values[name]
-        if isinstance(value, dict):
-            value = config_from_json(hint, value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        known[name] = value
-    return kind(**known)
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    nested = {name: config_from_json(hints[name], x) for name, x in values.items() if isinstance(x, dict)}
+    return kind(**known | nested)  # a flag that came later has its default
 
 
 def flatten_config(config, group: str = "") -> dict[str, object]:

@@ -686,10 +686,6 @@ def spoil(folder, change):
             r"layer_types \['sliding_attention'\]: only Ouro's",
         ),
         (
-            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            "holds pytorch_model.bin, a pickle, which can run any code when it is loaded: only safetensors are",
-        ),
-        (
             lambda f: rewrite(f, lambda w: w | {"model.norm.weight": w["model.norm.weight"].to(torch.int8)}),
             "holds model.norm.weight as I8: only BF16, F16, F32 and F64 weights are read",
         ),
@@ -698,8 +694,8 @@ def spoil(folder, change):
         (lambda f: spoil(f, lambda c: c.update(num_hidden_layers=3)), "does not match its config.json: missing"),
         (lambda f: spoil(f, lambda c: c.update(vocab_size=12)), r"shape \(11, 16\), its config.json says \(12, 16\)"),
         (
-            lambda f: (f / "model.safetensors").unlink(),
-            "has no model.safetensors: only safetensors checkpoints are read",
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            r"has no model.safetensors, and a pickle \(.bin, .pt\) can run any code when it is loaded: convert it",
         ),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02junk"), "is damaged"),
         (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]), "is damaged"),
