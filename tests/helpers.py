@@ -1,9 +1,13 @@
-"""What several tests share: a script run in this process, its refusals, and the paper worked out slowly."""
+"""What several tests share: a script run in this process, its refusals, forked processes, the paper worked out slowly."""
 
+import functools
 import math
+import os
 import runpy
 import sys
 from dataclasses import replace
+from multiprocessing import forkserver, get_context
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +32,26 @@ def refused(monkeypatch, module, *args) -> str:
     assert message.startswith("error: "), f"not refused in a sentence: {message}"
     assert "\n" not in message
     return message.removeprefix("error: ")
+
+
+@functools.cache
+def forking():
+    """Starts processes as copies of one that has imported everything, once: a start of Python takes seconds. They are
+    processes like any other, but for their end: it is `os._exit`."""
+    tests = Path(__file__).parent
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "test_faults", "test_step"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tests.parent, tests))))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+    return context
+
+
+def forked(function, *args, count: int) -> None:
+    """Run function(rank, *args) in as many processes, to their end; a failure of one is raised here."""
+    forking()
+    torch.multiprocessing.start_processes(function, args, nprocs=count, start_method="forkserver")
 
 
 def filled(config, shape, rows=None):

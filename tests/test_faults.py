@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import call as call_script
+from helpers import forked, forking
 from helpers import refused as refused_script
 from safetensors.torch import load_file
 
@@ -41,6 +42,25 @@ def command(out, *args, processes=1):
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
+
+
+def forked_run(out, *args, rank=None, world=1, port=""):
+    """A run in a process of its own, under way; what it says goes to the file OUT.RANK.txt."""
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    env = {} if rank is None else {key: str(x) for key, x in env.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    said, flags = Path(f"{out}.{rank or 0}.txt"), [*SMALL, "--out", str(out), *map(str, args)]
+    process = forking().Process(target=run_here, args=(str(said), flags, env | {"MASTER_PORT": port}))
+    process.start()
+    return process, said
+
+
+def run_here(said, flags, env):
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(env)
+    sys.argv = ["looprpt.py", *flags]
+    runtime.run_cli(looprpt.main, distributed="RANK" in env)
 
 
 def call(monkeypatch, out, *args):
@@ -487,33 +507,30 @@ def test_a_data_file_that_changed_since_the_run_began_is_refused(tmp_path, monke
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_second_process_is_kept_out_of_a_run_until_the_first_one_ends_however_it_does(tmp_path, count):
+def test_a_second_process_is_kept_out_of_a_run_until_the_first_one_ends_however_it_does(
+    tmp_path, monkeypatch, capsys, count
+):
     out, many = tmp_path / "out", ["--pretrain.steps", 100_000, "--train.save-every", 5]
-    shared = PIPES["env"] | {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"], programs = str(random.randrange(20_000, 60_000)), []
+    problem = f"--out {out} is in use by another run: wait for its end, or give another"
+    programs = start(out, *many, count=count)
     try:
-        for rank in map(str, range(count)):
-            how = PIPES | {"env": shared | {"RANK": rank, "LOCAL_RANK": rank}}
-            programs.append(subprocess.Popen(command(out, *many), **how))
-        wait_for(out, "pretrain", 6, programs[0])
-        second = subprocess.run(command(out, *many, "--resume", processes=count), check=False, **PIPES)
-        assert second.returncode == 1
-        problem = f"error: --out {out} is in use by another run: wait for its end, or give another"
-        assert problem in second.stderr.splitlines()
-        assert programs[0].poll() is None
+        wait_for(out, "pretrain", 6, *programs[0])
+        if count == 1:
+            assert refused(monkeypatch, out, *many, "--resume") == problem
+        else:
+            second = subprocess.run(command(out, *many, "--resume", processes=count), check=False, **PIPES)
+            assert second.returncode == 1
+            assert f"error: {problem}" in second.stderr.splitlines()
+        assert programs[0][0].is_alive()
     finally:
-        for program in programs:
+        for program, _ in programs:
             program.kill()
-            program.communicate()
+            program.join()
     done = names(out)[0]
-    with subprocess.Popen(command(out, *many, "--resume"), **PIPES) as third:
-        shown = ""
-        while "goes on" not in shown and (line := third.stdout.readline()):
-            shown += line
-        third.terminate()
-        _, error = third.communicate(timeout=60)
-    assert third.returncode == 0, error
-    assert f"pretrain goes on after step {int(done.partition('-')[2])}, from {out / 'state' / done}" in shown
+    step = int(done.partition("-")[2])
+    capsys.readouterr()
+    call(monkeypatch, out, "--resume", "--pretrain.steps", step + 1, "--rpt.steps", 1)
+    assert f"pretrain goes on after step {step}, from {out / 'state' / done}" in capsys.readouterr().out
 
 
 def test_a_run_that_has_not_saved_anything_keeps_others_out_too(tmp_path, monkeypatch):
@@ -527,30 +544,34 @@ def test_a_run_that_has_not_saved_anything_keeps_others_out_too(tmp_path, monkey
 # Signals, disks
 
 
-def wait_for(out, stage, step, process, seconds=60):
+def start(out, *args, count):
+    """The processes of a run, each with the file of what it says."""
+    port = str(random.randrange(20_000, 60_000))
+    return [forked_run(out, *args, rank=rank if count > 1 else None, world=count, port=port) for rank in range(count)]
+
+
+def wait_for(out, stage, step, process, said, seconds=60):
     """Until the log has this step."""
     end = time.monotonic() + seconds
-    while time.monotonic() < end and process.poll() is None:
+    while time.monotonic() < end and process.is_alive():
         log = out / "log.jsonl"
         if log.exists() and f'"stage": "{stage}", "step": {step},' in log.read_text():
             return
         time.sleep(0.01)
-    raise AssertionError(f"{stage} step {step} was not seen: {process.communicate()}")
+    raise AssertionError(f"{stage} step {step} was not seen: {said.read_text()}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_the_step_with_a_save_and_status_0(tmp_path, number):
     out = tmp_path / "out"
     many = ["--pretrain.steps", 100_000, "--train.save-every", 100_000]
-    with subprocess.Popen(
-        command(out, *many), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    ) as run:
-        wait_for(out, "pretrain", 5, run)
-        run.send_signal(number)
-        shown, error = run.communicate(timeout=60)
-    assert run.returncode == 0, error
+    run, said = forked_run(out, *many)
+    wait_for(out, "pretrain", 5, run, said)
+    os.kill(run.pid, number)
+    run.join(60)
+    assert run.exitcode == 0, said.read_text()
     (state,) = states(out)
-    assert f"stopped by {number.name}, saved in {state}: --resume goes on" in " ".join(shown.split())
+    assert f"stopped by {number.name}, saved in {state}: --resume goes on" in " ".join(said.read_text().split())
     assert runs.damage_of(state) is None
     assert log_of(out)[-1]["step"] == int(state.name.partition("-")[2]), "the last step is in the log and in the state"
     assert json.loads((out / "run.json").read_text())["finished"] is None
@@ -701,7 +722,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch, k
         cut_at(patch, "count_tokens", 20)
         with pytest.raises(Cut):
             call(patch, out, *QUIET)
-    mp.spawn(go_on, (2, str(out), kind, str(random.randrange(20_000, 60_000))), nprocs=2)
+    forked(go_on, 2, str(out), kind, str(random.randrange(20_000, 60_000)), count=2)
     assert [s["processes"] for s in json.loads((out / "run.json").read_text())["starts"]] == [1, 2]
     for name in (
         "rpt/model.safetensors",
@@ -723,24 +744,21 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, monkeypatch, k
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_lose_nothing(straight, tmp_path):
+def test_twenty_kills_at_random_moments_lose_nothing(straight, tmp_path, monkeypatch):
     """SIGKILL, again and again; what was saved is sound each time, and the end is the straight run's, bit for bit."""
     out, moments = tmp_path / "out", random.Random(0)
     kills, fresh, started = 0, 0, time.monotonic()  # fresh: kills since the run began from nothing
     while kills < 20:
-        often = ["--train.save-every", 1, "--resume"]  # so that many kills fall into a save
-        with subprocess.Popen(
-            command(out, *often), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT
-        ) as run:
-            steps = (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
-            wait = time.monotonic() + 30
-            while time.monotonic() < wait and run.poll() is None:  # it is under way
-                if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") > steps:
-                    break
-                time.sleep(0.005)
-            time.sleep(moments.uniform(0, 0.15))
-            run.kill()
-            run.communicate()
+        steps = (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
+        run, _ = forked_run(out, "--train.save-every", 1, "--resume")  # so that many kills fall into a save
+        wait = time.monotonic() + 30
+        while time.monotonic() < wait and run.is_alive():  # it is under way
+            if (out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") > steps:
+                break
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.15))
+        run.kill()
+        run.join()
         kills, fresh = kills + 1, fresh + 1
         before = states(out)
         assert len(before) <= 4
@@ -749,6 +767,6 @@ def test_twenty_kills_at_random_moments_lose_nothing(straight, tmp_path):
         if (out / "results.json").exists():
             shutil.rmtree(out)  # it got to its end: once more from the start
             fresh = 0
-    subprocess.run(command(out, "--resume"), check=True, env=ENVIRONMENT, capture_output=True)
+    call(monkeypatch, out, "--resume")
     same(out, straight, but="rpt-000016")  # whether that is kept depends on where the last kill fell
     assert time.monotonic() - started < 600

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from helpers import filled, slow_exit, slow_logp, slow_pdf, slow_rollout, slow_step
+from helpers import filled, forked, slow_exit, slow_logp, slow_pdf, slow_rollout, slow_step
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
@@ -448,7 +447,7 @@ def test_two_processes_give_the_gradient_of_one(straight, tmp_path, kind, micro_
     """
     how = {"micro_batch": micro_batch, "recompute": "on" if micro_batch else "off", "compile": compiled}
     config = replace(SUMS, dist=kind, train=replace(SUMS.train, **how))
-    mp.spawn(worker, (2, str(tmp_path), config), nprocs=2)
+    forked(worker, 2, str(tmp_path), config, count=2)
     for rank in range(2):
         agree(load_file(tmp_path / f"{rank}.safetensors"), straight)
 
