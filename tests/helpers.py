@@ -1,4 +1,4 @@
-"""What several tests share: a script run in this process, its refusals, forked processes, the paper worked out slowly."""
+"""What several tests share: a script run here or in forked processes, its refusals, the paper worked out slowly."""
 
 import functools
 import math
