@@ -1,11 +1,18 @@
+import functools
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 
 from support.runtime import UserError, pick_device
 
 torch.set_num_threads(1)  # small tensors gain nothing from more
+
+with suppress(AttributeError):  # tyro reads the sources of all configurations again in every call: half of its time
+    sources = tyro._docstrings._ClassTokenization
+    sources.make = staticmethod(functools.cache(sources.make))
 
 
 def pytest_addoption(parser):

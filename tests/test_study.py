@@ -1,6 +1,7 @@
 """The study: what is run, what is done again, what its files, tables and pictures say."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from lab.study import LABELS, VARIANTS
 from support import checkpoint, text
 
 ROOT = Path(looprpt.__file__).parent
-TINY = "--data.operands 3 --data.val-rows 1000 --model.loops 3 --model.width 16 --model.heads 2 --train.batch 8"
+TINY = "--data.operands 3 --data.val-rows 200 --model.loops 3 --model.width 16 --model.heads 2 --train.batch 8"
 DEMO = ("results/demo/base-0.json", "results/demo/dense-0.json")
 STEPS = "--pretrain.steps 6 --rpt.steps 4 --gate.steps 4"
 
@@ -47,6 +48,7 @@ def tiny():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(study.TRACKS, "demo", f"{TINY} {STEPS}")
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(eval.Tally, "bootstrapped", functools.partialmethod(eval.Tally.bootstrapped, rounds=100))
         yield
 
 
@@ -104,7 +106,7 @@ def test_all_variants_of_a_seed_start_from_its_base_and_see_the_same_rows(done):
     base = json.loads((results / "base-0.json").read_text())["buckets"]["all"]
     again = eval.score(
         checkpoint.load(runs / "seed-0" / "base" / "base"),
-        data.source(None, data.DataConfig(operands=3, val_rows=1000), batch=64, seed="study", held_out=True),
+        data.source(None, data.DataConfig(operands=3, val_rows=200), batch=64, seed="study", held_out=True),
         device=torch.device("cpu"),
     )
     assert base["by_loop"] == pytest.approx(eval.summarize(again, eval.buckets(again)["all"])["by_loop"], rel=1e-4)
@@ -175,6 +177,7 @@ def test_a_study_that_is_stopped_stops_its_run_and_goes_on_where_it_was(done, tm
     assert not (folders[1] / "dense-0.json").exists()
     assert not (folders[1] / "against.json").exists()
     assert [path.name for path in (folders[0] / "seed-0" / "dense" / "state").iterdir()] == ["rpt-000002"]
+    monkeypatch.setattr(study, "Popen", InProcess)
     call(monkeypatch, study, *arguments(folders))
     assert "rpt goes on after step 2" in capfd.readouterr().out
     a, b = (json.loads((results / "dense-0.json").read_text()) for results in (folders[1], done[1]))
