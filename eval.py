@@ -124,16 +124,12 @@ def exit_at(reached: Tensor, threshold: float) -> Tensor:
     return (reached[:, :-1] < threshold).cumprod(-1).sum(-1)
 
 
-def mean_loop(logpi: Tensor) -> Tensor:
-    """Expected exit, counted from 1.    N L -> N"""
-    return (logpi.exp() * torch.arange(1, logpi.shape[-1] + 1, device=logpi.device)).sum(-1)
-
-
 def exit_stats(gate: Tensor, count: float) -> dict[str, Tensor]:
-    """Mean loop, entropy, share of gates too sure for a gradient in bfloat16: sums over the tokens (N L) / count."""
-    logpi = exit_logpdf(gate.detach())
+    """Mean loop (from 1), entropy, share of gates too sure for a bfloat16 gradient: sums over tokens (N L) / count."""
+    logpi = exit_logpdf(gate.detach())  # N L
+    loops = (logpi.exp() * torch.arange(1, logpi.shape[-1] + 1, device=logpi.device)).sum(-1)  # N
     saturated = (gate[:, :-1].abs() > SATURATION_LOGIT).double().mean(-1)  # N
-    means = {"loops": mean_loop(logpi), "entropy": -(logpi.exp() * logpi).sum(-1), "saturation": saturated}
+    means = {"loops": loops, "entropy": -(logpi.exp() * logpi).sum(-1), "saturation": saturated}
     return {name: value.sum() / count for name, value in means.items()}
 
 

@@ -38,7 +38,7 @@ def commands() -> list[str]:
 
 @pytest.mark.slow
 def test_every_command_of_the_docs_runs(tmp_path, monkeypatch):
-    """As written and in their order, only with fewer steps, and two processes for eight."""
+    """As written and in their order, only with fewer steps, and two processes for eight. The tables have a test."""
     questions = [{"question": f"{i} + {i}?", "answer": f"The sum is {2 * i}."} for i in range(40)]
     ouro = replace(looprpt.ModelConfig(), vocab_size=259, layers=1, width=32, heads=2)
     checkpoint.save(LoopedTransformer(ouro), tmp_path / "Ouro-1.4B", text.byte_tokenizer(), dtype=torch.bfloat16)
@@ -47,6 +47,7 @@ def test_every_command_of_the_docs_runs(tmp_path, monkeypatch):
     for name in ("train", "val"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     few = "--pretrain.steps 2 --gate.steps 2 --rpt.steps 2 --data.val-rows 64 --train.batch 8".split()
+    short = {"rpt": "--no-compile --rounds 1 --rows 1 --length 64", "decode": "--rounds 1 --tokens 8"}
     monkeypatch.chdir(tmp_path)
     seen = []
     modules = {"support.text": text, "support.checkpoint": checkpoint, "lab.bench": bench, "lab.study": study}
@@ -61,8 +62,8 @@ def test_every_command_of_the_docs_runs(tmp_path, monkeypatch):
                 assert tyro.cli(harness.HarnessConfig, args=args).exit_threshold == 0.5
             elif script == "lab.study" and args[0] == "run":  # hours; tests/test_study.py runs it
                 tyro.cli(study.StudyConfig, args=args[1:])
-            else:
-                args += few if script == "looprpt.py" else ["--no-compile"] if args[0] == "rpt" else []
+            elif (script, args[0]) != ("lab.study", "table"):
+                args += few if script == "looprpt.py" else short.get(args[0], "").split()
                 call(monkeypatch, modules[script], *expanded(args))
         elif program == "torchrun":
             count, script, rest = args[:2], args[2], args[3:]

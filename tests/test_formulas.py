@@ -369,8 +369,9 @@ def policy_gradient_of_gate(logp):
 
 
 def test_mean_loop_counts_from_one():
-    logpi = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 1], [0.5, 0, 0.5, 0]]).log()
-    assert eval.mean_loop(logpi.clamp(min=-1e4)).tolist() == [1, 4, 2]
+    gates = torch.tensor([[99.0, 0, 0, 0], [-99, -99, -99, 0], [0, -99, 99, 0]])
+    assert [eval.exit_stats(gate[None], 1)["loops"].item() for gate in gates] == pytest.approx([1, 4, 2])
+    assert eval.exit_stats(gates, 2)["loops"].item() == pytest.approx((1 + 4 + 2) / 2)
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_nothing():

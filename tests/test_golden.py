@@ -164,7 +164,7 @@ def test_golden_reward_and_loops(step, passes):
     cost = looprpt.loop_cost(entropy, teacher_logits.shape[-1], cfg.lambda_base, cfg.lambda_scale)
     reward = looprpt.exit_reward(logp, baseline, cost, ref_loop)
     assert reward.mean().item() == pytest.approx(reference["student_avg_reward"], rel=1e-4)
-    loops = eval.mean_loop(model.exit_logpdf(gate)).mean().item()
+    loops = eval.exit_stats(gate, len(gate))["loops"].item()
     assert loops - 1 == pytest.approx(reference["expected_loop_zero_based"], rel=1e-4)
 
 
