@@ -62,7 +62,7 @@ def test_every_command_of_the_docs_runs(tmp_path, monkeypatch):
                 assert tyro.cli(harness.HarnessConfig, args=args).exit_threshold == 0.5
             elif script == "lab.study" and args[0] == "run":  # hours; tests/test_study.py runs it
                 tyro.cli(study.StudyConfig, args=args[1:])
-            elif (script, args[0]) != ("lab.study", "table"):
+            elif [script, *args[:1]] != ["lab.study", "table"]:
                 args += few if script == "looprpt.py" else short.get(args[0], "").split()
                 call(monkeypatch, modules[script], *expanded(args))
         elif program == "torchrun":

@@ -33,22 +33,14 @@ SMALL = """--data.operands 3 --model.loops 3 --model.width 16 --model.heads 2 --
 TIMES = {"tokens_per_s", "mfu", "memory_gib"}  # what two equal runs may differ in
 
 
-def command(out, *args, processes=1):
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*start, str(ROOT / "looprpt.py"), *SMALL, "--out", str(out), *map(str, args)]
-
-
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
 
 
 def forked_run(out, *args, rank=None, world=1, port=""):
-    """A run in a process of its own, under way; what it says goes to the file OUT.RANK.txt."""
+    """A run in a process of its own, under way; and the file of what it says."""
     env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     env = {} if rank is None else {key: str(x) for key, x in env.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    said, flags = Path(f"{out}.{rank or 0}.txt"), [*SMALL, "--out", str(out), *map(str, args)]
+    said, flags = Path(f"{out}.{port}.{rank or 0}.txt"), [*SMALL, "--out", str(out), *map(str, args)]
     process = forking().Process(target=run_here, args=(str(said), flags, env | {"MASTER_PORT": port}))
     process.start()
     return process, said
@@ -518,9 +510,12 @@ def test_a_second_process_is_kept_out_of_a_run_until_the_first_one_ends_however_
         if count == 1:
             assert refused(monkeypatch, out, *many, "--resume") == problem
         else:
-            second = subprocess.run(command(out, *many, "--resume", processes=count), check=False, **PIPES)
-            assert second.returncode == 1
-            assert f"error: {problem}" in second.stderr.splitlines()
+            (second, said), (other, _) = others = start(out, *many, "--resume", count=count)
+            programs += others
+            second.join(60)
+            other.join(60)
+            assert (second.exitcode, other.exitcode) == (1, 1)
+            assert f"error: {problem}" in said.read_text().splitlines()
         assert programs[0][0].is_alive()
     finally:
         for program, _ in programs:

@@ -632,21 +632,21 @@ def reindex(folder, change):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_loading_holds_little_more_than_the_model(tmp_path, dtype):
+def test_loading_holds_little_more_than_the_model(tmp_path):
     """Peak memory of a process that loads 220 MB (in float32), over that of one that loads next to nothing."""
     shape = ModelConfig(layers=16, loops=2, width=512, heads=8, vocab_size=8192)
     net = LoopedTransformer(shape)
-    checkpoint.save(net, tmp_path / "big", dtype=DTYPES[dtype])
+    for dtype in ("bf16", "fp32"):
+        checkpoint.save(net, tmp_path / dtype, dtype=DTYPES[dtype])
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "small")
     script = "import sys, resource, pathlib; from support import checkpoint; "
     script += "checkpoint.load(pathlib.Path(sys.argv[1])); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     peaks = [
         int(subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, check=True).stdout)
-        for name in ("small", "big")
+        for name in ("small", "bf16", "fp32")
     ]
     size = sum(p.numel() for p in net.parameters()) * 4 / 1024
-    assert peaks[1] - peaks[0] < 1.2 * size
+    assert max(peaks[1:]) - peaks[0] < 1.2 * size
 
 
 # Refusals
@@ -768,7 +768,7 @@ def test_a_folder_changed_at_random_loads_and_runs_or_is_refused_within_two_seco
     good, rng, outcomes = tmp_path / "good", random.Random(0), []
     checkpoint.save(LoopedTransformer(SHAPE), good)
     signal.signal(signal.SIGALRM, ring)
-    for i in range(600):
+    for i in range(300):
         shutil.copytree(good, tmp_path / "a")
         mutate(tmp_path / "a", rng)
         start = time.process_time()
@@ -783,5 +783,5 @@ def test_a_folder_changed_at_random_loads_and_runs_or_is_refused_within_two_seco
         assert time.process_time() - start < 2, i
         shutil.rmtree(tmp_path / "a")
     refused = [outcome for outcome in outcomes if outcome != "runs"]
-    assert 50 < len(refused) < 550, "both are tried"
+    assert 25 < len(refused) < 275, "both are tried"
     assert not [problem for problem in refused if len(problem) > 1000 or "\n" in problem], "each is one sentence"

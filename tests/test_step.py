@@ -1,6 +1,7 @@
 """The RL step end to end: against a slow reading of the paper, in groups, over processes, and in training."""
 
 import copy
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -391,6 +392,7 @@ def gradients(config, device="cpu"):
 
 def worker(rank, world, folder, config):
     torch.set_num_threads(1)
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # C++, which takes longer, has its own test
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     results = gradients(config)
     save_file({name: x.contiguous() for name, x in results.items()}, f"{folder}/{rank}.safetensors")
