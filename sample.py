@@ -59,7 +59,10 @@ def logits_at_exit(net: LoopedTransformer, exit: Exit, hidden: Tensor, gate: Ten
 
 
 def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """What is drawn from, at a temperature above 0: the likeliest tokens that hold the share top_p.    R V -> R V"""
+    """What is drawn from: the likeliest tokens that hold the share top_p; the likeliest alone at a temperature of 0.
+    R V -> R V, float64"""
+    if not temperature:
+        return F.one_hot(logits.argmax(-1), logits.shape[-1]).double()
     p = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1)  # R V
     if top_p < 1:
         ranked, order = p.sort(dim=-1, descending=True, stable=True)
@@ -127,7 +130,7 @@ def generate(
     size, kept_loops = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
     kv_cache = Cache(net.config, size, length, loops=kept_loops, device=weight.device, dtype=weight.dtype)
     generators, waiting = [seeded("draws", s) for s in seeds or range(len(prompts))], [*range(len(prompts))]
-    streams, spread = [], partial(distribution, temperature=temperature, top_p=top_p) if temperature else None
+    streams, spread = [], partial(distribution, temperature=temperature, top_p=top_p)
     state, exit_state = (
         weight.new_zeros(size, weight.shape[1]) for _ in range(2)
     )  # R D  of newest tokens; where they left
@@ -165,7 +168,7 @@ def generate(
             likeliest = chosen = logits.argmax(-1)  # R
             if given:
                 chosen = torch.tensor([given[s.prompt][len(s.tokens)] for s in left], device=weight.device)
-            elif spread:
+            elif temperature:
                 chosen = draw(spread(logits), numbers(left))
             logps = logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
             state[slots], log_stay[slots] = net.embed_tokens(chosen), 0.0
@@ -182,7 +185,7 @@ def generate(
         if verify:
             how = {"loops": loops, "reached": partial(exit.reached, net), "spread": spread}
             how |= {"drafts": verify, "numbers": partial(numbers, [*streams])}
-            found = draft_and_verify(net, state[slots], kv_cache, slots, positions, **how)
+            found = draft_and_verify(net, kv_cache, state[slots], slots, positions, **how)
             for s, tokens in zip([*streams], found, strict=True):
                 for token in tokens:
                     s.tokens.append(token[0])

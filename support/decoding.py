@@ -1,6 +1,5 @@
 """Passes through the stack by tokens that come one by one: the cache, draws, and drafts that full depth checks."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -28,12 +27,6 @@ class Cache:
         self.attention = partial(F.scaled_dot_product_attention, enable_gqa=c.heads != c.kv_heads)
         self.recorded = {}  # passes on a GPU, by their shape
 
-    def prefill_attention(self, rows: Ints, loop: int, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The attention of one loop over prompts, from position 0 on, which these rows of the cache keep."""
-        for kept, new in (self.keys, k), (self.values, v):
-            kept[layer, min(loop, self.loops - 1), rows, :, : new.shape[2]] = new
-        return self.attention(q, k, v, is_causal=True)
-
     def keep_rows(self, rows: Ints) -> None:
         """Only these rows, from now on numbered in this order."""
         self.keys, self.values, self.rows, self.recorded = self.keys[:, :, rows], self.values[:, :, rows], len(rows), {}
@@ -41,9 +34,10 @@ class Cache:
 
 def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: Ints, loops: int) -> Tensor:
     """All loops of prompts, which these rows of the cache keep; the state after the last one.    R T -> R T D"""
-    state, (cos, sin) = net.embed_tokens(ids), net.rotary(torch.arange(ids.shape[1], device=ids.device))
+    state = net.embed_tokens(ids)
     for loop in range(loops):
-        state = net.loop(state, cos, sin, partial(cache.prefill_attention, rows, loop))
+        places = torch.tensor([rows, [min(loop, cache.loops - 1)] * len(rows), [0] * len(rows)], device=ids.device)
+        state = run_pass(net, state, cache, places, ids.shape[1], None, None)
     return state
 
 
@@ -68,15 +62,16 @@ def gather_rows_on(device: torch.device) -> bool:
 def run_pass(net, state: Tensor, cache: Cache, places: Tensor, length: int, same: int | None, listed: list | None):
     """One loop of R rows, each at its own loop and position; the cache keeps the tokens.    R T D, 3 R -> R T D
     places  number, loop and first position of each row; `listed` is the same, to attend row by row
-    length  places of the cache that are read
+    length  places of the cache that are read; as many as tokens: these are prompts, from position 0 on
     same    the loop, if all rows of the cache are at it: nothing is copied"""
     (row, loop, start), tokens = places, state.shape[1]
     position = (start[:, None] + torch.arange(tokens, device=start.device)).clamp(max=cache.nowhere)  # R T
     deeper = torch.arange(cache.loops, device=start.device).maximum(loop[:, None])[:, :, None]  # R L 1
     at = deeper, row[:, None, None], slice(None), position[:, None]  # R L T K C
-    mask = torch.arange(length, device=start.device) <= position[:, None, :, None]  # R 1 T S
-    if listed and tokens == 1 and {*listed[2]} == {length - 1}:
-        mask = None  # all rows see all places
+    is_prompt, is_level = tokens == length, tokens == 1 and listed is not None and {*listed[2]} == {length - 1}
+    mask = None  # all tokens see all places
+    if not is_prompt and not is_level:
+        mask = torch.arange(length, device=start.device) <= position[:, None, :, None]  # R 1 T S
     seen = []  # by each row alone
     for b, at_loop, first in zip(*listed, strict=True) if listed else ():
         seen.append((at_loop, slice(b, b + 1), slice(None), slice(min(first + tokens, length))))
@@ -85,6 +80,8 @@ def run_pass(net, state: Tensor, cache: Cache, places: Tensor, length: int, same
         keys, values = cache.keys[layer], cache.values[layer]  # L B K S C
         for kept, new in (keys, k), (values, v):
             kept[at] = rearrange(new, "r k t c -> r 1 t k c")
+        if is_prompt:
+            return cache.attention(q, k, v, is_causal=True)
         if same is not None:
             return cache.attention(q, keys[same, :, :, :length], values[same, :, :, :length], mask)
         if not seen:
@@ -130,81 +127,54 @@ def draw(p: Tensor, numbers: list[float]) -> Tensor:
     return (upto[:, :-1] <= where).sum(-1)
 
 
-def draft_and_verify(
-    net: LoopedTransformer,
-    newest: Tensor,
-    cache: Cache,
-    rows: Ints,
-    positions: Ints,
-    *,
-    drafts: int,
-    reached: Callable[[Tensor, Tensor, Tensor], Tensor],
-    loops: int,
-    spread: Callable[[Tensor], Tensor] | None,
-    numbers: Callable[[], list[float]],
-) -> list[list[tuple]]:
-    """Tokens of full depth, most of whose loops run side by side: the exit lets some drafted tokens go early, one after
-    the other; then the loops that they lack run for all of them at once.    embeddings R D -> from 1 to `drafts` tokens
-    of each row, with what a `Token` says of them
-
-    The loops of a draft are the first ones of its full pass, because it reads no copies: before a token goes deeper,
-    those before it are taken as deep. The first draft that full depth doesn't say is put right, those after it go.
-    reached  whether tokens leave, of their state, the gate's cumulative exit probability, and the loop (from 1)
-    spread   logits to the probabilities that are drawn from (none: the likeliest token is taken)
-    numbers  a number in 0..1 for each row"""
-    states, ran, told = newest[:, None], [0], []  # R T D, and the loops that each of the T tokens has run
+def draft_and_verify(net, cache, newest, rows, positions, *, drafts, loops, reached, spread, numbers):
+    """Tokens of full depth, most of whose loops run side by side: `drafts` tokens are drafted one after the other, by
+    few loops each; then the loops that they lack run for all of them at once.    embeddings R D -> of each row, 1 to
+    `drafts` tokens, with the loops of the draft, the likeliest token, log-probability and the gate's word (see Token)
+    reached  whether tokens may leave, by state, cumulative exit probability and loop (from 1); all rows run until the
+             last has left
+    spread   logits to the probabilities that are drawn from, float64
+    numbers  a number in 0..1 for each row
+    The loops that a draft has run are the first ones of its full pass, because it reads no copies: before a token goes
+    deeper, those before it are taken as deep. A draft x stays with probability full(x) / draft(x); the first that goes
+    is drawn anew from what full depth gives more to, and those after it are forgotten. The text is as of full depth."""
+    states, ran, told = newest[:, None], [0], []  # R T D, loops that each of the T tokens has run
     row = torch.arange(len(rows), device=newest.device)  # R
 
-    def deepen(states: Tensor, loop: int) -> Tensor:
-        """One loop more for the tokens that have run so many, the last ones.    R T D -> R T D"""
+    def deepen(loop: int) -> None:
+        """One loop more for the tokens that have run so many, the last ones."""
+        nonlocal states
         first = ran.index(loop)
         ran[first:] = [loop + 1] * (len(ran) - first)
-        starts = [position + first for position in positions]
-        return torch.cat(
-            (states[:, :first], decode(net, states[:, first:], cache, rows, [loop] * len(rows), starts)), 1
-        )
+        at = rows, [loop] * len(rows), [position + first for position in positions]
+        states = torch.cat((states[:, :first], decode(net, states[:, first:], cache, *at)), 1)
 
-    # Draft: the newest token of a row says the next where the exit lets it go; the deepest row ends the step
     while len(told) < drafts:
         if told:
             states, ran = torch.cat((states, net.embed_tokens(told[-1][0])[:, None]), 1), [*ran, 0]
-        log_stay, left, is_open = torch.zeros_like(net.gate(newest)), newest, row >= 0  # R, R D, R
-        loop_of, share = torch.full_like(row, loops), torch.ones_like(log_stay)
+        log_stay, has_left = torch.zeros_like(net.gate(newest)), row < 0  # R, R
         for loop in range(loops):
-            states = deepen(states, loop)
-            now = states[:, -1]
-            log_stay = log_stay + F.logsigmoid(-net.gate(now))
-            goes = is_open & reached(now, -torch.expm1(log_stay), torch.full_like(row, loop + 1))
-            left = torch.where((goes | (is_open & (loop == loops - 1)))[:, None], now, left)
-            if loop < loops - 1:
-                loop_of, share = loop_of.where(~goes, loop + 1), share.where(~goes, -torch.expm1(log_stay))
-            is_open = is_open & ~goes
-            if not is_open.any():
+            deepen(loop)
+            log_stay = log_stay + F.logsigmoid(-net.gate(states[:, -1]))
+            share = -torch.expm1(log_stay) if loop + 1 < loops else torch.ones_like(log_stay)  # R
+            has_left = has_left | reached(states[:, -1], share, torch.full_like(row, loop + 1))
+            if has_left.all():
                 break
-        logits = net.logits(left)  # R V
-        p = spread(logits) if spread else logits  # R V
-        told.append((draw(p, numbers()) if spread else logits.argmax(-1), loop_of, share, p))
+        p = spread(net.logits(states[:, -1]))  # R V
+        told.append((draw(p, numbers()), torch.full_like(row, loop + 1), share, p))
 
-    # Verify: the loops that are missing; then a token is right as often as full depth says it
     for loop in range(ran[-1], loops):
-        states = deepen(states, loop)
-    said, loop_of, share, p = (torch.stack(x, 1) for x in zip(*told, strict=True))  # R T, R T, R T, R T V
+        deepen(loop)
+    token, ran_by, share, p = (torch.stack(x, 1) for x in zip(*told, strict=True))  # R T, R T, R T, R T V
     logits = net.logits(states)  # R T V
-    likeliest = logits.argmax(-1)  # R T
-    full = spread(logits) if spread else None  # R T V
-    if spread:
-        ratio = (full / p).gather(-1, said[..., None])[..., 0]  # R T
-        is_right = ratio > torch.tensor([numbers() for _ in told], device=ratio.device).T
-    else:
-        is_right = said == likeliest
-    right = is_right.long().cumprod(-1).sum(-1)  # R  so many from the first on
-    wrong, is_wrong = right.clamp(max=drafts - 1), right < drafts
-    instead = draw((full - p)[row, wrong].clamp(min=0), numbers()) if spread else likeliest[row, wrong]  # R
-    said[row, wrong] = torch.where(is_wrong, instead, said[row, wrong])
-    loop_of[row, wrong] = torch.where(is_wrong, loops, loop_of[row, wrong])
-    share[row, wrong] = torch.where(is_wrong, 1.0, share[row, wrong])
-    logps = logits.log_softmax(-1).gather(-1, said[..., None])[..., 0]  # R T
-    columns = [x.double() for x in (said, loop_of, likeliest, logps, share)]
-    columns = [x.tolist() for x in (said, loop_of, likeliest, logps, share)]
-    tokens = ([*zip(*parts, strict=True)] for parts in zip(*columns, strict=True))  # of each row
-    return [row[:count] for row, count in zip(tokens, (right + is_wrong).tolist(), strict=True)]
+    full = spread(logits)  # R T V
+    stays = (full / p).gather(-1, token[..., None])[..., 0]  # R T  probability, if below 1
+    stays = stays > torch.tensor([numbers() for _ in told], device=p.device).T  # R T
+    count = stays.long().cumprod(-1).sum(-1)  # R  drafts that stay
+    last, goes = count.clamp(max=drafts - 1), count < drafts  # R
+    instead = draw((full - p)[row, last].clamp(min=0), numbers())  # R
+    for kept, new in (token, instead), (ran_by, loops), (share, 1.0):
+        kept[row, last] = torch.where(goes, new, kept[row, last])
+    logp = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]  # R T
+    columns = zip(*(x.tolist() for x in (token, ran_by, logits.argmax(-1), logp, share)), strict=True)
+    return [[*zip(*parts, strict=True)][:n] for parts, n in zip(columns, (count + goes).tolist(), strict=True)]
