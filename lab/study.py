@@ -65,24 +65,30 @@ LABELS |= {name: f"LoopRPT (dense), {name.removeprefix('dense-')}" for name in V
 RATES = {  # LOG.md says how they were chosen
     "demo": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
     "text": {"control": "3e-4", "paper": "1e-4", "dense": "1e-3"},
+    "shift": {"control": "3e-4", "paper": "1e-4", "dense": "1e-3"},
 }
+TEXT = (
+    "--data.tokenizer {0}/tokenizer.json --data.length 256 --model.layers 2 --model.width 192 --train.batch 8 "
+    "--train.compile on --pretrain.steps 2000"
+)
 TRACKS = {  # flags of all runs; {0}: folder of the study
     "demo": "--gate.steps 500 --rpt.steps 500",
-    "text": "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json --data.length 256 --model.layers 2 "
-    "--model.width 192 --train.batch 8 --train.compile on --pretrain.steps 2000 --rpt.steps 200 --gate.steps 200",
+    "text": f"{TEXT} --rpt.steps 1000 --gate.steps 1000",  # more than an epoch of GSM8K
+    "shift": f"{TEXT} --rpt.steps 300 --gate.steps 300",  # more than an epoch of Omni-MATH, which no base has seen
 }
-NOT_COMPARED = ("out", "init", "resume", "device", "precision", "model.vocab_size", "model.eos_token_id")
+FILES = ("data.path", "data.tokenizer")  # a base may be copied from the folder of another track
+NOT_COMPARED = ("out", "init", "resume", "device", "precision", "model.vocab_size", "model.eos_token_id", *FILES)
 COMPARED_BUCKETS = ("all", "hard")  # in which variants are compared with each other
 BASELINES = ("base", "stage-1", "paper", "exact")  # what each variant is compared with; dense is with every other
 
 
 @dataclass(frozen=True)
 class StudyConfig(Checked):
-    track: Literal["demo", "text"] = "demo"  # the built-in task, or GSM8K
+    track: Literal["demo", "text", "shift"] = "demo"  # the built-in task; GSM8K; from its bases, Omni-MATH
     seeds: Positive = 3  # number of bases
     start: NonNegative = 0  # seed of the first; several processes can share a study, each with seeds of its own
     only: tuple[str, ...] = ()  # of the variants (none: all)
-    texts: Path = Path("../shared/data")  # folder of gsm8k_train, gsm8k_test_1019, omni_train .jsonl
+    texts: Path = Path("../shared/data")  # folder of gsm8k_train, gsm8k_test_1019, omni_train, omni_val .jsonl
     out: Path | None = None  # folder of the runs (none: out/study-TRACK)
     results: Path | None = None  # folder of the result files (none: results/TRACK)
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
@@ -97,8 +103,8 @@ def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
     results = config.results or Path("results") / config.track
     runtime.make_folder(folder)
     runtime.make_folder(results)
-    if config.track == "text":
-        prepare_texts(config.texts, folder)
+    if config.track != "demo":
+        prepare_texts(config.track, config.texts, folder)
     for seed in range(config.start, config.start + config.seeds):
         base_scores = None  # they say which tokens each bucket holds
         for name in names:
@@ -127,9 +133,12 @@ def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
     compare_variants(config, folder, results)
 
 
-def prepare_texts(texts: Path, folder: Path) -> None:
-    """Write what is trained on, what the tokenizer is learned from, what is reported, and the tokenizer itself."""
+def prepare_texts(track: str, texts: Path, folder: Path) -> None:
+    """Write what bases and variants are trained on, what the tokenizer is learned from, what is reported, and the
+    tokenizer itself."""
     files = {"train": ("gsm8k_train",), "words": ("gsm8k_train", "omni_train"), "test": ("gsm8k_test_1019",)}
+    if track == "shift":
+        files |= {"shift": ("omni_train",), "test": ("omni_val",)}
     for name, sources in files.items():
         if not (folder / f"{name}.jsonl").exists():
             pairs = [pair for file in sources for pair in text.read_documents(texts / f"{file}.jsonl")]
@@ -151,8 +160,11 @@ def command(config: StudyConfig, folder: Path, seed: int, name: str) -> list[str
     stage, rate, flags = VARIANTS[name]
     start = ["--init", str(folder / f"seed-{seed}" / "base" / "base")] if name != "base" else []
     shared = [*(x.format(folder) for x in TRACKS[config.track].split()), "--seed", str(seed), "--device", config.device]
-    if config.track == "text" and runtime.pick_device(config.device).type == "cpu":
-        shared += ["--precision", fast_precision()]
+    if config.track != "demo":
+        rows = "shift" if config.track == "shift" and name != "base" else "train"
+        shared += ["--data.path", str(folder / f"{rows}.jsonl")]
+        if runtime.pick_device(config.device).type == "cpu":
+            shared += ["--precision", fast_precision()]
     lr = ["--rpt.lr", RATES[config.track][rate]] if rate else []
     return ["--objective", stage, *start, *shared, *flags.split(), *lr, "--out", str(folder / f"seed-{seed}" / name)]
 

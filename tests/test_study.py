@@ -248,25 +248,30 @@ def test_a_bucket_without_tokens_is_no_end_of_a_study(done, tmp_path, monkeypatc
     assert "has no curves in --bucket hard" in message
 
 
-def test_text_is_trained_on_some_files_and_reported_on_another(tmp_path, monkeypatch, in_process):
+@pytest.mark.parametrize(("track", "trained", "reported"), [("text", "gsm8k_train", "gsm8k_test_1019"),
+                                                           ("shift", "omni_train", "omni_val")])  # fmt: skip
+def test_text_is_trained_on_some_files_and_reported_on_another(
+    track, trained, reported, tmp_path, monkeypatch, in_process
+):
     texts = tmp_path / "texts"
     texts.mkdir()
-    for name in ("gsm8k_train", "omni_train", "gsm8k_test_1019"):
+    for name in ("gsm8k_train", "omni_train", "gsm8k_test_1019", "omni_val"):
         lines = [{"question": f"{name} {i}?", "answer": f"It is {i} times {name}."} for i in range(40)]
         (texts / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = "--data.path {0}/train.jsonl --data.tokenizer {0}/tokenizer.json --model.width 16 --model.heads 2 "
-    monkeypatch.setitem(study.TRACKS, "text", f"{flags} --train.batch 4 {STEPS}")
+    flags = "--data.tokenizer {0}/tokenizer.json --model.width 16 --model.heads 2 "
+    monkeypatch.setitem(study.TRACKS, track, f"{flags} --train.batch 4 {STEPS}")
     folders = tmp_path / "runs", tmp_path / "results"
-    where = ("--track", "text", "--texts", texts, "--out", folders[0], "--results", folders[1], "--device", "cpu")
+    where = ("--track", track, "--texts", texts, "--out", folders[0], "--results", folders[1], "--device", "cpu")
     (texts / "omni_train.jsonl").rename(texts / "elsewhere")
     assert "omni_train.jsonl is not a file" in refused(monkeypatch, study, "run", *where)
     (texts / "elsewhere").rename(texts / "omni_train.jsonl")
     call(monkeypatch, study, "run", "--seeds", 1, "--only", "stage-2", *where)
-    train, test = ((folders[0] / f"{name}.jsonl").read_text() for name in ("train", "test"))
-    assert len(train.splitlines()) == 40
+    for name, source in (("base", "gsm8k_train"), ("stage-2", trained)):
+        path = json.loads((folders[0] / "seed-0" / name / "run.json").read_text())["config"]["data"]["path"]
+        assert [line.count(source) for line in Path(path).read_text().splitlines()] == [2] * 40
     assert len((folders[0] / "words.jsonl").read_text().splitlines()) == 80
-    assert "gsm8k_test_1019" not in train
-    assert len(test.splitlines()) == 40
+    test = (folders[0] / "test.jsonl").read_text().splitlines()
+    assert [line.count(reported) for line in test] == [2] * 40
     found = json.loads((folders[1] / "stage-2-0.json").read_text())
     tokenizer = text.load_tokenizer(str(folders[0] / "tokenizer.json"))
     rows, _ = data.encode(folders[0] / "test.jsonl", tokenizer, data.DataConfig())
@@ -283,7 +288,7 @@ def test_the_precision_of_text_is_the_one_that_multiplies_faster(monkeypatch):
         assert study.fast_precision() == fast
         for track in study.TRACKS:
             flags = study.command(study.StudyConfig(track=track, device="cpu"), Path("out"), 0, "base")
-            assert ("--precision" in flags) == (track == "text")
+            assert ("--precision" in flags) == (track != "demo")
     study.fast_precision.cache_clear()
 
 
