@@ -32,6 +32,9 @@ from support.ranges import Checked, NonNegative, NonNegativeFloat, Positive, Pos
 from support.runtime import DTYPES, Precision, UserError, pick_device, run_cli, seeded
 
 CacheRule = Literal["copy", "last", "full"]
+APART = (
+    1.1  # what a pass takes of rows at different loops, and heads in every pass, beside one of rows at the same loop
+)
 
 
 class Exit(NamedTuple):
@@ -130,6 +133,7 @@ def generate(
     size, kept_loops = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
     kv_cache = Cache(net.config, size, length, loops=kept_loops, device=weight.device, dtype=weight.dtype)
     generators, waiting = [seeded("draws", s) for s in seeds or range(len(prompts))], [*range(len(prompts))]
+    told, spent = 0, 0  # tokens so far, and their loops
     streams, spread = [], partial(distribution, temperature=temperature, top_p=top_p)
     state, exit_state = (
         weight.new_zeros(size, weight.shape[1]) for _ in range(2)
@@ -161,8 +165,9 @@ def generate(
             for slot, s in enumerate(streams):
                 s.slot = slot
 
-        # Tokens that have left: the next one, which starts at the first loop
-        if left := [s for s in streams if s.exit_loop and (cache != "full" or s.loops_run == loops)]:
+        # Tokens that have left: the next one, which starts at the first loop. Where few save a loop, all wait for all
+        left = [s for s in streams if s.exit_loop and (cache != "full" or s.loops_run == loops)]
+        if left and (verify or len(left) == len(streams) or APART * spent < told * loops):
             slots = [s.slot for s in left]
             logits = net.logits(exit_state[slots])  # R V
             likeliest = chosen = logits.argmax(-1)  # R
@@ -176,12 +181,14 @@ def generate(
             for s, (token, best, logp) in zip(left, found, strict=True):
                 s.tokens.append(int(token))
                 yield Token(s.prompt, int(token), s.exit_loop, int(best), logp, s.exit_share)
+                told, spent = told + 1, spent + s.exit_loop
                 s.loops_run, s.exit_loop = 0, 0
                 if ends(s):
                     streams.remove(s)
             continue  # with the first tokens of prompts that take the rows of those that have ended
 
-        slots, ran, positions = map(list, zip(*((s.slot, s.loops_run, s.position) for s in streams), strict=True))
+        running = [s for s in streams if s not in left]
+        slots, ran, positions = map(list, zip(*((s.slot, s.loops_run, s.position) for s in running), strict=True))
         if verify:
             how = {"loops": loops, "reached": partial(exit.reached, net), "spread": spread}
             how |= {"drafts": verify, "numbers": partial(numbers, [*streams])}
@@ -196,7 +203,7 @@ def generate(
             state[slots] = net.embed_tokens(torch.tensor([tokens[-1][0] for tokens in found], device=weight.device))
             continue
 
-        # One loop for every stream
+        # One loop for every stream that has not left
         now = decode(net, state[slots][:, None], kv_cache, slots, ran, positions)[:, 0]  # R D
         stay = log_stay[slots] + F.logsigmoid(-net.gate(now))  # R
         state[slots], log_stay[slots], shares = now, stay, -torch.expm1(stay)
@@ -204,7 +211,7 @@ def generate(
         # Those whose score reaches the threshold leave here, and at the last loop those that are still there
         reached = exit.reached(net, now, shares, torch.tensor(ran, device=weight.device) + 1)  # R
         leaving, found = [], torch.stack((shares, reached.to(shares)), -1).tolist()  # in one wait for a GPU
-        for i, (s, (share, enough)) in enumerate(zip(streams, found, strict=True)):
+        for i, (s, (share, enough)) in enumerate(zip(running, found, strict=True)):
             s.loops_run += 1
             if not s.exit_loop and (enough or s.loops_run == loops):
                 s.exit_loop, s.exit_share = s.loops_run, share if s.loops_run < loops else 1.0
