@@ -4,6 +4,7 @@ import copy
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tokenizers import AddedToken
 from torch.testing import assert_close
 
 import data
+import looprpt
 import model
 import sample
 from model import LoopedTransformer, ModelConfig
@@ -211,6 +213,21 @@ def test_a_token_that_leaves_after_a_loop_has_run_just_that_many(net, monkeypatc
     assert len(ran) == sum(loops for row in together for _, loops in row[1:])
 
 
+@pytest.mark.parametrize(("bias", "together"), [(-6.0, True), (0.0, False)])
+def test_rows_wait_for_each_other_where_few_save_a_loop(net, monkeypatch, bias, together):
+    """The head then runs once for all; otherwise a row goes on as soon as it has left. The text is the same."""
+    torch.nn.init.constant_(net.early_exit_gate.bias, bias)
+    heads, logits = [], LoopedTransformer.logits
+    how = {"max_tokens": 12, "exit": Exit("gate", 0.7)}
+    expected = [row for prompt in PROMPTS for row in collect(generate(net, [prompt], **how), 1)]
+    monkeypatch.setattr(LoopedTransformer, "logits", lambda self, h: heads.append(len(h)) or logits(self, h))
+    assert collect(generate(net, PROMPTS, **how)) == expected
+    loops = [loops for row in expected for _, loops in row[1:]]
+    assert (sum(loops) / len(loops) > 4 / sample.APART) == together
+    assert {*loops} > {4}, "some leave early"
+    assert (len(heads) == 12) == together
+
+
 def test_given_tokens_are_taken_and_the_likeliest_ones_told(net, copying):
     """With one token changed, its row goes on from it; the others' tokens are the likeliest, at the same loops."""
     for cache in ("copy", "last", "full"):
@@ -399,6 +416,28 @@ def test_a_draft_runs_the_loops_of_full_depth_and_no_more(net, monkeypatch):
     assert [t.loops for t in tokens] == [4] + [1] * 8
     assert sorted(ran) == [(loop, 3 + i) for loop in range(4) for i in range(8)]
     assert passes == [1, 1, 1, 1, 4, 4, 4] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["chain", "text"])
+def test_verified_drafts_of_trained_models_are_the_text_of_full_depth(tmp_path, monkeypatch, kind):
+    """200 prompts, and a draft mostly agrees."""
+    (tmp_path / "read.txt").write_text((Path(__file__).parent.parent / "README.md").read_text())
+    text_flags = f"--data.path {tmp_path}/read.txt --data.length 64 --data.tokenizer bytes --train.batch 16"
+    flags = "--data.operands 4 --data.val-rows 8" if kind == "chain" else text_flags
+    few = f"--objective pretrain --pretrain.steps 150 --model.width 32 --out {tmp_path}/out".split()
+    call(monkeypatch, looprpt, *few, *flags.split())
+    net = checkpoint.load(tmp_path / "out" / "base", CPU).double()
+    corpus = data.Chain(4, batch=200, seed=9).batch(0).inputs if kind == "chain" else None
+    if kind == "text":
+        ids = text.tokenize(text.byte_tokenizer(), [(tmp_path / "read.txt").read_text()])[0]
+        corpus = torch.tensor([ids[i * 40 : i * 40 + 12] for i in range(200)])
+    how = {"max_tokens": 12, "batch": 50}
+    full = collect(generate(net, corpus.tolist(), **how), 200)
+    for exit in (Exit("loop", 1), Exit("gate", 0.3)):
+        found = collect(generate(net, corpus.tolist(), exit=exit, verify=4, **how), 200)
+        assert [[token for token, _ in row] for row in found] == [[token for token, _ in row] for row in full]
+        assert sum(loops < 4 for row in found for _, loops in row[1:]) > 200 * 11 / 3
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
