@@ -2,7 +2,7 @@
 
 python -m lab.study run --track demo                        train and score every variant, three seeds
 python -m lab.study table results/demo/*.json               the results as Markdown
-python -m lab.study plot results/demo/*.json --out assets   and as pictures
+python -m lab.study plot results/demo/*.json --out assets   and as a picture
 """
 
 import functools
@@ -292,15 +292,12 @@ def table(
     bucket: Bucket = "all",
     only: Annotated[tuple[str, ...], tyro.conf.arg(help="these variants (none: all)")] = (),
     at_loops: Annotated[tuple[float, ...], tyro.conf.arg(help="instead, accuracy at these average loops")] = (),
-    rules: Annotated[tuple[str, ...], tyro.conf.arg(help="there, by these exit rules only (none: all)")] = (),
 ) -> None:
     """A study as Markdown: accuracy in % after each loop and at exit threshold 0.5, average loops, mean accuracy under
     the curve, and how far LoopRPT (dense) is ahead at its own average loops (95 % interval); means over the seeds."""
-    if rules and not at_loops:
-        raise UserError("--rules is for accuracy at numbers of loops: give --at-loops too, --at-loops 1.5 2 3")
     results, differences = load_study(files, bucket, curves=bool(at_loops))
     results = {name: results[name] for name in select(only, results, "--only")}
-    heads, *rows = loops_table(results, at_loops, rules) if at_loops else study_table(results, differences)
+    heads, *rows = loops_table(results, at_loops) if at_loops else study_table(results, differences)
     print(f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows), sep="\n")
     first, every = next(iter(results.values())), [run for each in results.values() for run in each]
     seeds, tokens = ", ".join(str(run["seed"]) for run in first), " / ".join(f"{run['tokens']:,}" for run in first)
@@ -327,17 +324,16 @@ def study_table(results: dict[str, list[dict]], differences: dict) -> list[list[
     return rows
 
 
-def loops_table(results: dict[str, list[dict]], at_loops: Sequence[float], rules: Sequence[str]) -> list[list[str]]:
-    """Heads, and a row for each variant and exit rule; each seed's curve is read on straight lines."""
-    curves = next(iter(results.values()))[0]["curves"]
-    most = max(loops for loops, _ in curves["gate"])
+def loops_table(results: dict[str, list[dict]], at_loops: Sequence[float]) -> list[list[str]]:
+    """Heads, and a row for each variant; each seed's curve of the gate is read on straight lines."""
+    most = max(loops for loops, _ in next(iter(results.values()))[0]["curves"]["gate"])
     if wrong := [x for x in at_loops if not 1 <= x <= most]:
         raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {most:g} loops")
-    rows = [["", "leaves by", *(f"at {x:g}" for x in at_loops)]]
-    for name, rule in itertools.product(results, select(rules, curves, "--rules")):
-        loops, accuracy = torch.tensor([run["curves"][rule] for run in results[name]]).unbind(-1)  # seeds K
+    rows = [["", *(f"at {x:g}" for x in at_loops)]]
+    for name, each in results.items():
+        loops, accuracy = torch.tensor([run["curves"]["gate"] for run in each]).unbind(-1)  # seeds K
         at = [eval.interpolate(torch.full((len(loops),), x), loops, accuracy).tolist() for x in at_loops]
-        rows.append([LABELS.get(name, name), rule, *(mean_std(values, 1, 100) for values in at)])
+        rows.append([LABELS.get(name, name), *(mean_std(values, 1, 100) for values in at)])
     return rows
 
 
@@ -347,7 +343,7 @@ STYLES |= {"dense": "#D55E00 *-"}
 
 
 def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> None:
-    """Two pictures of a study, means over the seeds: accuracy over average loops, and where tokens exit."""
+    """A picture of a study, means over the seeds: accuracy over average loops, whole and around threshold 0.5."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -356,33 +352,25 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
     if not results:
         raise UserError(f"nothing to draw: it takes runs of {', '.join(STYLES)}")
     runtime.make_folder(out)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 2, subplot_kw={"xlabel": "average loops (large mark: threshold 0.5)"})
     half = torch.tensor([[at_threshold_half(run) for run in each] for each in results.values()])  # variants seeds 2
-    for picture, panels, xlabel, ylabel in (
-        ("pareto", 2, "average loops (large mark: threshold 0.5)", f"accuracy in %, {bucket} tokens"),
-        ("exits", 1, "loop", "tokens that exit after it, in %, threshold 0.5"),
-    ):
-        figure = Figure(figsize=(2 + 5 * panels, 4), layout="constrained")
-        axes = figure.subplots(1, panels, squeeze=False, subplot_kw={"xlabel": xlabel})[0]
-        for ax, (i, name) in itertools.product(axes, enumerate(results)):
-            (color, line), label = STYLES[name].split(), LABELS.get(name, name)
-            if picture == "pareto":
-                points = [run["curves"]["gate"] for run in results[name]]
-                ax.plot(*half[i].mean(0) * torch.tensor([1, 100]), line, color=color, markersize=10)
-            else:
-                points = [[(k, loop["share"]) for k, loop in enumerate(run["exits"], 1)] for run in results[name]]
-                ax.set_xticks([k for k, _ in points[0]])
-            x, y = torch.tensor(points).mean(0).T
-            ax.plot(x, 100 * y, line, color=color, markersize=3 if picture == "pareto" else 6, label=label)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.grid(visible=True, alpha=0.3)
-        if picture == "pareto":  # the second panel: around exit threshold 0.5
-            (x0, y0), (x1, y1) = half.amin((0, 1)).tolist(), half.amax((0, 1)).tolist()
-            axes[1].set(xlim=(x0 - 0.2, x1 + 0.2), ylim=(100 * y0 - 0.5, 100 * y1 + 0.5))
-        axes[0].set_ylabel(ylabel)
-        axes[-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-        path = out / f"{results[name][0]['track']}-{picture}.png"
-        figure.savefig(path, dpi=150)
-        console.print(path, soft_wrap=True)
+    half[..., 1] *= 100
+    for ax in axes:
+        for (name, each), marked in zip(results.items(), half.mean(1), strict=True):
+            color, line = STYLES[name].split()
+            loops, accuracy = torch.tensor([run["curves"]["gate"] for run in each]).mean(0).T
+            ax.plot(*marked, line, color=color, markersize=10)
+            ax.plot(loops, 100 * accuracy, line, color=color, markersize=3, label=LABELS.get(name, name))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(visible=True, alpha=0.3)
+    (x0, y0), (x1, y1) = half.amin((0, 1)).tolist(), half.amax((0, 1)).tolist()
+    axes[1].set(xlim=(x0 - 0.2, x1 + 0.2), ylim=(y0 - 0.5, y1 + 0.5))
+    axes[0].set_ylabel(f"accuracy in %, {bucket} tokens")
+    axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    path = out / f"{next(iter(results.values()))[0]['track']}-pareto.png"
+    figure.savefig(path, dpi=150)
+    console.print(path, soft_wrap=True)
 
 
 @unchecked()

@@ -350,21 +350,17 @@ def test_a_table_has_the_mean_and_the_spread_over_the_seeds(done, monkeypatch, c
     assert len(re.findall("^[|]", capsys.readouterr().out, re.MULTILINE)) == 3
 
 
-def test_a_table_of_what_each_exit_rule_makes_of_a_number_of_loops(done, monkeypatch, capsys):
+def test_a_table_of_accuracy_at_numbers_of_loops(done, monkeypatch, capsys):
     call(monkeypatch, study, "table", *files(done[1]), "--at-loops", 1, 3, "--only", "base", "dense")
     out = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if "|" in line]
-    assert lines[0] == ["", "leaves by", "at 1", "at 3"]
-    assert [line[:2] for line in lines[2:]] == [
-        [n, r] for n in ("base", "LoopRPT (dense)") for r in (*eval.EXIT_RULES, "random")
-    ]
+    assert lines[0] == ["", "at 1", "at 3"]
+    assert [line[0] for line in lines[2:]] == ["base", "LoopRPT (dense)"]
     parts = [json.loads((done[1] / f"dense-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
-    for column, loop in ((2, 0), (3, 2)):  # a curve begins and ends with all tokens at one loop
+    for column, loop in ((1, 0), (2, 2)):  # a curve begins and ends with all tokens at one loop
         a, b = (100 * part["by_loop"][loop] for part in parts)
-        assert {line[column] for line in lines[8:]} == {f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f}"}
+        assert lines[3][column] == f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f}"
     assert f"Seeds 0, 1; {parts[0]['tokens']:,} / {parts[1]['tokens']:,} tokens (all); trained at" in out
-    call(monkeypatch, study, "table", *files(done[1]), "--at-loops", 2, "--rules", "gate")
-    assert len(capsys.readouterr().out.splitlines()) == 7
 
 
 def test_each_seeds_curve_is_read_for_itself(done, monkeypatch, capsys, tmp_path):
@@ -373,8 +369,8 @@ def test_each_seeds_curve_is_read_for_itself(done, monkeypatch, capsys, tmp_path
         found = json.loads((done[1] / f"base-{seed}.json").read_text())
         found["buckets"]["all"]["curves"]["gate"] = curve
         (tmp_path / f"base-{seed}.json").write_text(json.dumps(found))
-    call(monkeypatch, study, "table", *files(tmp_path), "--at-loops", 1.25, 2.75, "--rules", "gate")
-    assert "| base | gate | 40.0 ± 0.0 | 60.0 ± 0.0 |" in capsys.readouterr().out
+    call(monkeypatch, study, "table", *files(tmp_path), "--at-loops", 1.25, 2.75)
+    assert "| base | 40.0 ± 0.0 | 60.0 ± 0.0 |" in capsys.readouterr().out
 
 
 def test_what_has_no_curves_is_refused_in_words(done, monkeypatch, tmp_path):
@@ -389,37 +385,29 @@ def test_what_has_no_curves_is_refused_in_words(done, monkeypatch, tmp_path):
         assert "base-0.json has no curves in --bucket depth_1: give all, easy, medium or hard" in message
 
 
-def test_pictures_hold_a_curve_for_each_variant(done, monkeypatch, tmp_path):
+def test_a_picture_holds_a_curve_for_each_variant(done, monkeypatch, tmp_path):
     figures, names, labels = {}, ["base", "stage-1", "dense"], ["base", "stage-1", "LoopRPT (dense)"]
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **_: figures.update({path: figure}))
     call(monkeypatch, study, "plot", *files(done[1]), "--out", tmp_path / "assets")
-    assert [path.name for path in figures] == ["demo-pareto.png", "demo-exits.png"]
-    (left, right), (exits,) = (figure.axes for figure in figures.values())
-    for axes, label in ((left, "average loops"), (right, "average loops"), (exits, "loop")):
-        assert axes.get_xlabel().startswith(label)
+    assert [path.name for path in figures] == ["demo-pareto.png"]
+    ((left, right),) = (figure.axes for figure in figures.values())
     assert left.get_ylabel() == "accuracy in %, all tokens"
-    assert exits.get_ylabel() == "tokens that exit after it, in %, threshold 0.5"
-    for axes in (right, exits):
-        assert [label.get_text() for label in axes.get_legend().get_texts()] == labels
+    assert [label.get_text() for label in right.get_legend().get_texts()] == labels
 
     def mean(name, points):
         scores = [json.loads((done[1] / f"{name}-{seed}.json").read_text())["buckets"]["all"] for seed in (0, 1)]
         return torch.tensor([points(s) for s in scores]).mean(0).flatten().tolist()
 
     half = [mean(name, study.at_threshold_half) for name in names]
-    for axes in (left, right, exits):
+    for axes in (left, right):
+        assert axes.get_xlabel().startswith("average loops")
         lines = {line.get_label(): line for line in axes.lines}
         assert len({(lines[label].get_color(), lines[label].get_marker()) for label in labels}) == 3
         for name, label in zip(names, labels, strict=True):
             points = [x for point in lines[label].get_xydata().tolist() for x in (point[0], point[1] / 100)]
-            if axes is exits:
-                drawn = mean(name, lambda s: [(i, e["share"]) for i, e in enumerate(s["exits"], 1)])
-            else:
-                drawn = mean(name, lambda s: s["curves"]["gate"])
-            assert points == pytest.approx(drawn, rel=1e-5)
-        if axes is not exits:
-            marks = [line.get_xydata()[0].tolist() for line in axes.lines if len(line.get_xydata()) == 1]
-            assert marks == [pytest.approx([loops, 100 * accuracy]) for loops, accuracy in half]
+            assert points == pytest.approx(mean(name, lambda s: s["curves"]["gate"]), rel=1e-5)
+        marks = [line.get_xydata()[0].tolist() for line in axes.lines if len(line.get_xydata()) == 1]
+        assert marks == [pytest.approx([loops, 100 * accuracy]) for loops, accuracy in half]
     left_low, left_high = left.get_xlim()
     assert left_low < 1 < 3 < left_high, "the left panel holds whole curves, the right one the exits at threshold 0.5"
     each = [study.at_threshold_half(json.loads((done[1] / f"{name}-{seed}.json").read_text())["buckets"]["all"])
@@ -431,7 +419,7 @@ def test_pictures_hold_a_curve_for_each_variant(done, monkeypatch, tmp_path):
 
 def test_a_picture_is_written(monkeypatch, tmp_path):
     call(monkeypatch, study, "plot", *(ROOT / path for path in DEMO), "--out", tmp_path / "assets")
-    assert sorted(path.name for path in (tmp_path / "assets").iterdir()) == ["demo-exits.png", "demo-pareto.png"]
+    assert [path.name for path in (tmp_path / "assets").iterdir()] == ["demo-pareto.png"]
 
 
 @pytest.mark.parametrize(
@@ -441,8 +429,6 @@ def test_a_picture_is_written(monkeypatch, tmp_path):
         (["run", "--start", "-1"], "--start -1 is out of its range: give a number 0 or more"),
         (["run", "--only", "best"], "--only best: unknown, there are base"),
         (["table", *DEMO, "--only", "best"], "--only best: unknown, there are base, dense"),
-        (["table", *DEMO, "--at-loops", "2", "--rules", "best"], "--rules best: unknown, there are gate, confidence"),
-        (["table", *DEMO, "--rules", "gate"], "give --at-loops too"),
         (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),
         (["table"], "no run's file was given: give the files of one folder"),
         (["table", "results/bench.json"], "no result file of `python -m lab.study run`"),
