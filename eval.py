@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -48,8 +47,6 @@ class Scores(NamedTuple):
     entropy: Tensor  # N L  of the distribution after each loop, nats
     logp: Tensor  # N L  log-probability of the right token
     max_logp: Tensor  # N L  log-probability of the likeliest token
-    kl_step: Tensor  # N L  KL(this loop || the one before), nats; infinite for the first
-    state_change: Tensor  # N L  length of the change of state in this loop, over that of the state before; or infinite
     document: Tensor  # N  which document it is in
     depth: Tensor | None = None  # N  operands the answer depends on, for chain arithmetic
 
@@ -74,18 +71,13 @@ def score(
 
 
 def score_tokens(net: LoopedTransformer, hidden: Tensor, targets: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-    """The first seven of the scores of some tokens.    N L D, N, N L -> each N L"""
+    """The first five of the scores of some tokens.    N L D, N, N L -> each N L"""
     logits = net.logits(hidden)  # N L V
     correct = logits.argmax(-1) == targets[:, None]
     logits -= logits.logsumexp(-1, keepdim=True)  # log-probabilities, in place
-    p = logits.exp()
     gold = logits.gather(-1, targets[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]  # N L
-    entropy = -(p * logits).sum(-1)
-    kl_step = -entropy[:, 1:] - (p[:, 1:] * logits[:, :-1]).sum(-1)
-    states = hidden.float()
-    state_change = (states[:, 1:] - states[:, :-1]).norm(dim=-1) / states[:, :-1].norm(dim=-1)
-    kl_step, state_change = (F.pad(x, (1, 0), value=math.inf) for x in (kl_step, state_change))
-    return tuple(x.cpu() for x in (correct, gate, entropy, gold, logits.amax(-1), kl_step, state_change))
+    entropy = -(logits.exp() * logits).sum(-1)
+    return tuple(x.cpu() for x in (correct, gate, entropy, gold, logits.amax(-1)))
 
 
 def buckets(first: Scores) -> dict[str, Tensor]:
@@ -98,15 +90,9 @@ def buckets(first: Scores) -> dict[str, Tensor]:
     return sets
 
 
-# Exit rules: each gives every loop of a token a number, and a token leaves after the first loop whose number reaches a
-# threshold, or after the last
-EXIT_RULES = {
-    "gate": lambda s: exit_cdf(s.gate),  # cumulative exit probability
-    "confidence": lambda s: s.max_logp,  # probability of the likeliest token
-    "entropy": lambda s: -s.entropy,
-    "kl": lambda s: -s.kl_step,  # between successive loops
-    "state": lambda s: -s.state_change,  # change of state
-}
+# Each gives every loop of a token a number (cumulative exit probability; log-probability of the likeliest token), and the
+# token leaves after the first loop whose number reaches a threshold, or after the last
+EXIT_RULES = {"gate": lambda s: exit_cdf(s.gate), "confidence": lambda s: s.max_logp}
 
 
 def thresholds(reached: Tensor, rule: str) -> Tensor:
@@ -114,7 +100,7 @@ def thresholds(reached: Tensor, rule: str) -> Tensor:
     since a curve is read on straight lines: a chord would be below what a rival can do.    N L -> K"""
     if rule == "gate":
         return torch.tensor(FINE)
-    values = reached[:, :-1][reached[:, :-1].isfinite()].sort().values
+    values = reached[:, :-1].flatten().sort().values
     quantiles = torch.linspace(0, 1, len(FINE) + 2)[1:-1]
     return values[(quantiles * len(values)).long()] if len(values) else torch.zeros(len(FINE))
 
@@ -185,36 +171,21 @@ def tally(s: Scores, tokens: Tensor) -> Tally:
 
 
 def summarize(s: Scores, tokens: Tensor) -> dict:
-    """Accuracy (0 to 1) and log-loss after each loop, what each exit rule makes of them, and how the gate's exits at
-    threshold 0.5 are spread and what they are worth; null if there is no token. An oracle leaves where first right."""
+    """Accuracy (0 to 1) and log-loss after each loop, and what each exit rule makes of them; null without a token."""
     n, loops = int(tokens.sum()), s.correct.shape[1]
     if not n:
         sweep = [{"threshold": t, "accuracy": None, "loops": None} for t in THRESHOLDS]
         return {"tokens": 0, "by_loop": [None] * loops, "ce": [None] * loops, "sweep": sweep}
     total = tally(s, tokens).bootstrapped(rounds=0)
-    correct, logp, gate = s.correct[tokens].double(), s.logp[tokens].double(), exit_cdf(s.gate[tokens])
     curves = {name: torch.stack(total.curve(name), -1)[0] for name in EXIT_RULES}  # K+2 2
     swept = dict(zip(FINE, curves["gate"][1:-1].tolist(), strict=True))
-    sweep = [{"threshold": t, "accuracy": swept[t][1], "loops": swept[t][0]} for t in THRESHOLDS]
-    # Exits that are spread over the loops as the gate's, but for any token
-    points = torch.stack((torch.arange(1, loops + 1).double(), total.by_loop()[0]), -1)  # L 2
-    shares = torch.stack([F.one_hot(exit_at(gate, t), loops).double().mean(0) for t in FINE])  # K L
-    curves["random"] = torch.cat((points[:1], shares @ points, points[-1:])).float()
-    exits, leaves = [], exit_at(gate, 0.5)  # N
-    for loop in range(loops):
-        here = logp[leaves == loop]  # n L
-        worth = {"gained": here[:, loop] - here[:, 0], "left": here[:, -1] - here[:, loop]}
-        worth = {name: x.mean().item() if len(x) else None for name, x in worth.items()}
-        exits.append({"share": len(here) / n} | worth)
     return {
         "tokens": n,
         "by_loop": total.by_loop()[0].tolist(),
         "ce": (-total.logp / n)[0].tolist(),
-        "sweep": sweep,
+        "sweep": [{"threshold": t, "accuracy": swept[t][1], "loops": swept[t][0]} for t in THRESHOLDS],
         "curves": {name: curve.tolist() for name, curve in curves.items()},
         "area": {name: area(curve) for name, curve in curves.items()} if loops > 1 else {},
-        "oracle": {"loops": (correct.argmax(-1) + 1.0).mean().item(), "accuracy": correct.amax(-1).mean().item()},
-        "exits": exits,
     }
 
 
@@ -224,10 +195,10 @@ def area(curve: Tensor) -> float:
     return (torch.trapezoid(accuracy, loops) / (loops[-1] - loops[0])).item()
 
 
-def compare(pairs: list[tuple[Tally, Tally]], each: bool = False) -> dict:
+def compare(pairs: list[tuple[Tally, Tally]]) -> dict:
     """The first of each pair less the second, averaged over the pairs (seeds), with 95 % intervals by a bootstrap that
-    draws documents, the same for all. The tallies are `bootstrapped` ones, of as many rounds. `each` asks for the
-    "matched gate" of each pair too."""
+    draws documents, the same for all; and the "matched gate" of each pair. The tallies are `bootstrapped` ones, of as
+    many rounds."""
     half, differences = FINE.index(0.5) + 1, []
     for a, b in pairs:
         if not torch.equal(a.tokens, b.tokens):
@@ -242,7 +213,7 @@ def compare(pairs: list[tuple[Tally, Tally]], each: bool = False) -> dict:
     limits = torch.tensor([0.025, 0.975]).double()
     means = {name: sum(d[name] for d in differences) / len(pairs) for name in differences[0]}
     intervals = {name: [x[0].item(), *x[1:].quantile(limits).tolist()] for name, x in means.items()}
-    return intervals | ({"each": [d["matched gate"][0].item() for d in differences]} if each else {})
+    return intervals | {"each": [d["matched gate"][0].item() for d in differences]}
 
 
 def interpolate(x: Tensor, loops: Tensor, accuracy: Tensor) -> Tensor:
@@ -254,15 +225,12 @@ def interpolate(x: Tensor, loops: Tensor, accuracy: Tensor) -> Tensor:
 
 
 def results(scores: dict[str, Scores], *, device: torch.device, seed: int) -> dict:
-    """What results.json holds. The buckets are those of the first model, and the others are compared with it."""
-    first = next(iter(scores.values()))
-    sets, loops = buckets(first), first.correct.shape[1]
-    reference = tally(first, sets["all"]).bootstrapped(seed=seed) if len(scores) > 1 and loops > 1 else None
-    models = {}
-    for name, s in scores.items():
-        models[name] = {"buckets": {bucket: summarize(s, tokens) for bucket, tokens in sets.items()}}
-        if s is not first and s.correct.shape[1] == loops > 1:
-            models[name]["beside_first"] = compare([(tally(s, sets["all"]).bootstrapped(seed=seed), reference)])
+    """What results.json holds. The buckets are those of the first model."""
+    sets = buckets(next(iter(scores.values())))
+    models = {
+        name: {"buckets": {bucket: summarize(s, tokens) for bucket, tokens in sets.items()}}
+        for name, s in scores.items()
+    }
     return {"models": models} | runtime.provenance(device) | {"seed": seed}
 
 

@@ -224,7 +224,7 @@ def compare_variants(config: StudyConfig, folder: Path, results: Path) -> None:
             shared = sorted(tallies[a].keys() & tallies[b].keys())
             drawn = [(tallies[a][seed], tallies[b][seed]) for seed in shared]
             if drawn and (b in BASELINES or a == "dense") and all(tally.tokens.all() for tally, _ in drawn):
-                differences[bucket][f"{a} - {b}"] = {"seeds": shared} | eval.compare(drawn, each=True)
+                differences[bucket][f"{a} - {b}"] = {"seeds": shared} | eval.compare(drawn)
     write_result(results / "against.json", config, against=differences)
 
 

@@ -58,12 +58,6 @@ def test_results_json_has_what_eval_promises(run):
     found = json.loads((run / "results.json").read_text())
     assert found.keys() == {"models", "argv", "commit", "torch", "device", "seed"}
     assert list(found["models"]) == ["base", "rpt"]
-    base, rpt = found["models"].values()
-    gain = rpt["buckets"]["all"]["by_loop"][0] - base["buckets"]["all"]["by_loop"][0]
-    middle, low, high = rpt["beside_first"]["by_loop 1"]
-    assert middle == pytest.approx(gain)
-    assert low <= middle <= high
-    assert "beside_first" not in base
     for m in found["models"].values():
         assert list(m["buckets"]) == ["all", "easy", "medium", "hard", "depth_1", "depth_2", "depth_3"]
         for name, bucket in m["buckets"].items():
