@@ -51,7 +51,6 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
     """The model as the harness asks for it (lm_eval.api.model.TemplateLM), counting the loops of each task's tokens."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import Collator, normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     control = re.compile(f"({'|'.join(map(re.escape, sorted(added & text.CONTROL)))})")
@@ -86,12 +85,7 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
         def loglikelihood_rolling(self, requests, **_) -> list[float]:
-            texts = [self.tok_encode(request.args[0]) for request in requests]
-            windows = [[*get_rolling_token_windows(ids, self.prefix_token_id, most, 1)] for ids in texts]
-            self.asked = [request.task_name for request, each in zip(requests, windows, strict=True) for _ in each]
-            pieces = [(None, *make_disjoint_window(window)) for each in windows for window in each]
-            scores = iter(self._loglikelihood_tokens(pieces))
-            return [sum(next(scores)[0] for _ in each) for each in windows]
+            raise UserError(f"{requests[0].task_name} asks for the perplexity of whole documents: leave the task out")
 
         @torch.no_grad()
         def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
