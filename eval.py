@@ -90,8 +90,8 @@ def buckets(first: Scores) -> dict[str, Tensor]:
     return sets
 
 
-# Each gives every loop of a token a number: cumulative exit probability, log-probability of the likeliest token. The token
-# leaves after the first loop whose number reaches a threshold, or after the last
+# Each gives every loop of a token a number, cumulative exit probability or log-probability of the likeliest token;
+# the token leaves after the first loop whose number reaches a threshold, or after the last
 EXIT_RULES = {"gate": lambda s: exit_cdf(s.gate), "confidence": lambda s: s.max_logp}
 
 

@@ -114,38 +114,28 @@ def describe(config, shape: ModelConfig, chosen: dict[str, object]) -> list[str]
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that may still be taken: of a GPU, or of this machine and the container we are in. Infinite if unknown."""
+    """Bytes that may still be taken: of a GPU, or of this machine and its container (cgroup v2); infinite: unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free, groups = [math.inf], Path("/sys/fs/cgroup")
+    free, group = [math.inf], Path("/sys/fs/cgroup")
     with suppress(OSError, TypeError):
         free.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]))
-    for limit, used, cached in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with suppress(OSError, ValueError, TypeError):  # there is none, or "max"
-            stat = (groups / limit).with_name("memory.stat").read_text()
-            kept = int(re.search(rf"^{cached} (\d+)", stat, re.MULTILINE)[1])  # files, which make room
-            free.append(int((groups / limit).read_text()) - int((groups / used).read_text()) + kept)
+    with suppress(OSError, ValueError, TypeError):  # there is none, or "max"
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        kept = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)  # makes room
+        free.append(limit - used + int(kept[1]))
     return min(free)
 
 
 def require_memory(config, shape: ModelConfig, rows, device: torch.device, done: Sequence[Stage]) -> None:
-    """Raise UserError if a stage to come can't fit into the free memory, with the first change that would help."""
+    """Raise UserError if a stage to come can't fit into the free memory, with what would help first."""
     (_, world), n, length = processes.rank_and_world(), count_parameters(shape), row_length(config, rows)
     at_once = min(config.train.micro_batch or math.inf, math.ceil(config.train.batch / world))
     now = {"rows": at_once, "length": length, "recompute": config.train.recompute == "on"}
     now["bf16"] = matmul_dtype(device, config.precision) == "bf16"
     now["shards"] = processes.count_shards(config.dist, n, device)
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a machine's memory is shared
-    free, small = free_memory(device) / sharing / GIB, {"rows": 1, "recompute": True}
-    flags = "--train.micro-batch 1 --train.recompute on"
-    ways = [({"recompute": True}, "--train.recompute on"), ({"rows": 1}, "--train.micro-batch 1"), (small, flags)]
-    shorter = [length >> k for k in range(1, 12) if rows and length >> k >= 64]
-    ways += [(small | {"length": n}, f"shorter rows, --data.length {n} {flags}") for n in shorter]
-    more = [n for n in (2, 4, 8, 16, 64) if device.type == "cuda" and n > now["shards"]]
-    ways += [(small | {"shards": n}, f"{n} GPUs, torchrun --nproc-per-node {n} and --dist fsdp {flags}") for n in more]
+    free, least = free_memory(device) / sharing / GIB, {"rows": 1, "recompute": True}
 
     def gib(stage: Stage, **change) -> float:
         return MARGIN * sum(step_memory(stage, shape, getattr(config, stage), **now | change).values()) / GIB
@@ -155,8 +145,10 @@ def require_memory(config, shape: ModelConfig, rows, device: torch.device, done:
             continue
         problem = f"{stage} of {n:,} parameters, {at_once} x {length} tokens at once, needs {gib(stage):.1f} GiB of"
         problem += f" memory, and {free:.1f} are free on {device.type}"
-        for change, words in ways:
-            if gib(stage, **change) <= free:
-                raise UserError(f"{problem}: give {words}")
-        least, cut = gib(stage, **small, length=min([length, *shorter])), "with shorter rows, " if shorter else ""
-        raise UserError(f"{problem}: {cut}one at a time and recomputed, {least:.1f}: take a larger machine")
+        flags, smallest = "--train.micro-batch 1 --train.recompute on", gib(stage, **least)
+        if smallest <= free:
+            raise UserError(f"{problem}: give {flags}")
+        ways = ["shorter rows (--data.length)"] if rows and gib(stage, **least, length=64) <= free else []
+        ways += ["more GPUs (torchrun --nproc-per-node, --dist fsdp)"] if device.type == "cuda" else []
+        ways = " or ".join([*ways, "a larger machine"])
+        raise UserError(f"{problem}, {smallest:.1f} with {flags}: give {ways}")

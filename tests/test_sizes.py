@@ -301,11 +301,8 @@ SMALLEST = {"rows": 1, "recompute": True}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"recompute": True}, "give --train.recompute on"),
-        ({"rows": 1}, "give --train.micro-batch 1"),
-        (SMALLEST, "give --train.micro-batch 1 --train.recompute on"),
-        (SMALLEST | {"length": 256}, "give shorter rows, --data.length 256 --train.micro-batch 1 --train.recompute on"),
-        (SMALLEST | {"length": 64}, "give shorter rows, --data.length 64 --train.micro-batch 1 --train.recompute on"),
+        (SMALLEST, ": give --train.micro-batch 1 --train.recompute on"),
+        (SMALLEST | {"length": 64}, ": give shorter rows (--data.length) or a larger machine"),
     ],
 )
 def test_a_step_that_cannot_fit_is_refused_with_the_first_change_that_helps(change, words, memory):
@@ -313,9 +310,11 @@ def test_a_step_that_cannot_fit_is_refused_with_the_first_change_that_helps(chan
     memory(1.001 * need(**change))
     free = f"{1.001 * need(**change):.1f}"
     problem = f"rpt of 1,691,521 parameters, 8 x 512 tokens at once, needs {need():.1f} GiB of memory"
-    assert refusal(config, some) == f"{problem}, and {free} are free on cpu: {words}"
+    flags = "--train.micro-batch 1 --train.recompute on"
+    with_flags = "" if change is SMALLEST else f", {need(**SMALLEST):.1f} with {flags}"
+    assert refusal(config, some) == f"{problem}, and {free} are free on cpu{with_flags}{words}"
     memory(0.999 * need(**change))
-    assert not refusal(config, some).endswith(f": {words}"), "a little less, and it doesn't help"
+    assert not refusal(config, some).endswith(words), "a little less, and it doesn't help"
 
 
 def test_what_fits_is_not_refused(memory):
@@ -325,26 +324,23 @@ def test_what_fits_is_not_refused(memory):
     memory(math.inf)
     sizes.require_memory(config, TEXT, some, CPU, ())
     memory(0.999 * need())
-    assert refusal(config, some).endswith("give --train.recompute on")
+    assert refusal(config, some).endswith("give --train.micro-batch 1 --train.recompute on")
 
 
 def test_where_nothing_helps_it_says_so(memory):
-    config, some, need = plan()
+    config, some, _ = plan()
     memory(0.01)
-    least = f"{need(**SMALLEST, length=64):.1f}"
-    words = f": with shorter rows, one at a time and recomputed, {least}: take a larger machine"
-    assert refusal(config, some).endswith(words)
+    assert refusal(config, some).endswith("--train.recompute on: give a larger machine")
     chain = sizes.fill_in(Config(objective=("rpt",)), TEXT, None, CPU)
     assert "128 x 11 tokens at once" in refusal(chain, None), "of chain arithmetic no row can be shorter"
 
 
 def test_on_gpus_more_of_them_may_help(memory):
     some = rows(*[2049] * 40)
-    config, some, need = plan(GPU, 2048, OURO, some)
-    assert need(**SMALLEST, shards=8) < min(need(**SMALLEST, shards=4), need(**SMALLEST, length=64))
-    memory(1.001 * need(**SMALLEST, shards=8))
-    words = "8 GPUs, torchrun --nproc-per-node 8 and --dist fsdp --train.micro-batch 1 --train.recompute on"
-    assert refusal(config, some, GPU, OURO).endswith(f"are free on cuda: give {words}")
+    config, some, _ = plan(GPU, 2048, OURO, some)
+    memory(0.01)
+    words = "give more GPUs (torchrun --nproc-per-node, --dist fsdp) or a larger machine"
+    assert refusal(config, some, GPU, OURO).endswith(words)
 
 
 def test_only_stages_to_come_need_memory(memory):
@@ -415,7 +411,7 @@ def machine(tmp_path, monkeypatch):
 
 
 MEMINFO = "MemTotal:       16000 kB\nMemFree:        100 kB\nMemAvailable:   9000 kB\n"
-STAT = "anon 5\ninactive_file 70\ntotal_inactive_file 30\nactive_file 3\n"
+STAT = "anon 5\ninactive_file 70\nactive_file 3\n"
 
 
 def test_what_is_free_is_what_the_machine_can_give(machine):
@@ -430,15 +426,7 @@ def test_a_containers_limit_counts_too(machine):
     assert machine(**files) == 5000 - 4000 + 70
     assert machine(**{"memory.max": "max\n"}) == 9000 * 1024
     assert machine(**{"memory.max": str(10**9)}) == 9000 * 1024, "the machine has less"
-
-
-def test_a_containers_limit_of_the_older_kind_counts_too(machine):
-    """cgroup v1."""
-    limit, used = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"
-    files = {"meminfo": MEMINFO, limit: "5000\n", used: "4000\n", "memory/memory.stat": STAT}
-    assert machine(**files) == 5000 - 4000 + 30
-    assert machine(**{limit: "9223372036854771712"}) == 9000 * 1024
-    assert machine(**{limit: "5000", "memory/memory.stat": "anon 5\n"}) == 9000 * 1024, "unknown"
+    assert machine(**{"memory.max": "5000", "memory.stat": "anon 5\n"}) == 9000 * 1024, "unknown"
 
 
 def test_what_is_free_on_a_gpu_is_what_its_driver_says(monkeypatch):
