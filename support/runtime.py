@@ -4,7 +4,6 @@ import atexit
 import itertools
 import os
 import random
-import re
 import subprocess
 import sys
 import time
@@ -23,12 +22,7 @@ console = Console(markup=False, emoji=False)  # a path or a prompt may hold brac
 
 
 class UserError(ValueError):
-    """A user's mistake: one sentence with what was given, the rule and the way out; printed without a traceback. It
-    speaks of flags, as a command prints it; elsewhere, as a string, of arguments: data.length for --data.length."""
-
-    def __str__(self) -> str:
-        flags, said = r"(?<!\S)--([a-z]+\.[\w-]+)|^--([\w-]+)", super().__str__()
-        return re.sub(flags, lambda m: (m[1] or m[2]).replace("-", "_"), said)
+    """A user's mistake: one sentence with what was given, as a flag, the rule and the way out; without a traceback."""
 
 
 def run_cli(main: Callable[[], None], *, distributed: bool = False) -> None:
@@ -42,7 +36,7 @@ def run_cli(main: Callable[[], None], *, distributed: bool = False) -> None:
     except BrokenPipeError:  # whoever reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except UserError as error:
-        problem = f"{who}: {error.args[0]}"
+        problem = f"{who}: {error}"
     except RuntimeError as error:
         if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
             raise

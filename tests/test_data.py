@@ -264,7 +264,7 @@ def test_a_file_is_refused_in_a_sentence_with_the_place(tmp_path, name, content,
 
 def test_a_file_without_a_target_token_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"problem": "p" * 500, "solution": "s"}])
-    with pytest.raises(UserError, match=r"has no target token: give longer text, or raise data.length 30"):
+    with pytest.raises(UserError, match=r"has no target token: give longer text, or raise --data.length 30"):
         encode(path, DataConfig(length=30))
 
 
@@ -295,12 +295,12 @@ def test_tokenizers_are_refused_in_a_sentence(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"length": 1}, "data.length 1 is out of its range: give a number 2 or more"),
-        ({"operands": 1}, "data.operands 1 is out of its range: give a number 2 or more"),
-        ({"val_rows": 0}, "data.val_rows 0 is out of its range: give a number 1 or more"),
-        ({"prompt_key": "q"}, "data.prompt_key q came alone: give data.response_key too"),
-        ({"val": "v.jsonl"}, "data.val v.jsonl came without data.path"),
-        ({"tokenizer": "bytes"}, "data.tokenizer bytes came without data.path"),
+        ({"length": 1}, "--data.length 1 is out of its range: give a number 2 or more"),
+        ({"operands": 1}, "--data.operands 1 is out of its range: give a number 2 or more"),
+        ({"val_rows": 0}, "--data.val-rows 0 is out of its range: give a number 1 or more"),
+        ({"prompt_key": "q"}, "--data.prompt-key q came alone: give --data.response-key too"),
+        ({"val": "v.jsonl"}, "--data.val v.jsonl came without --data.path"),
+        ({"tokenizer": "bytes"}, "--data.tokenizer bytes came without --data.path"),
     ],
 )
 def test_data_flags_out_of_range_are_refused_when_a_configuration_is_made(flags, message):

@@ -193,7 +193,7 @@ def test_chats_are_cut_at_the_length_and_keep_the_answers_before(tmp_path):
     assert spell(tokenizer, asked(row)) == "4"
     beside = data.collate([row, data.Row([5] * 90, 90)])
     assert beside.mask.sum(1).tolist() == [1, 0], "of the answers that were cut off, nothing is asked in the padding"
-    with pytest.raises(UserError, match=r"has no target token: give longer text, or raise data.length 42"):
+    with pytest.raises(UserError, match=r"has no target token: give longer text, or raise --data.length 42"):
         data.encode(path, tokenizer, DataConfig(length=42))
 
 

@@ -127,7 +127,7 @@ def test_rows_are_as_long_as_the_longest_but_no_longer_than_4096_tokens_or_the_p
     assert DataConfig(path=path, length=32).within(64, "a").length == 32
     with pytest.raises(UserError) as error:
         DataConfig(path=path, length=65).within(64, "a")
-    assert str(error.value) == "data.length 65 is more than the 64 positions of a: give a smaller one"
+    assert str(error.value) == "--data.length 65 is more than the 64 positions of a: give a smaller one"
     assert DataConfig(path=path, length=5000).within(65536, "a").length == 5000, "given, it may be more than 4,096"
 
 
