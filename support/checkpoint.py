@@ -53,7 +53,6 @@ PUBLISHED = {"AutoConfig": "configuration_ouro.OuroConfig", "AutoModel": "modeli
 PUBLISHED |= {"AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM"}
 FOR_OTHERS["auto_map"] = {kind: f"ByteDance/Ouro-1.4B--{name}" for kind, name in PUBLISHED.items()}
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # larger checkpoints are split
 GENERATION, SETTINGS = "generation_config.json", "tokenizer_config.json"
 COMPANIONS = f"""{GENERATION} tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json
     merges.txt chat_template.jinja""".split()  # what else a folder holds, copied as it is
@@ -157,26 +156,14 @@ def save(model: LoopedTransformer, folder: str | Path, tokenizer=None, *, dtype=
 
 
 def save_weights(weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """One model.safetensors, or files of at most SHARD_BYTES and their index; one file at a time is gathered."""
-    sizes = {name: weight.numel() * dtype.itemsize for name, weight in weights.items()}
-    parts, room, where = [[]], SHARD_BYTES, {}
-    for name, size in sizes.items():
-        if parts[-1] and size > room:
-            parts, room = [*parts, []], SHARD_BYTES
-        parts[-1].append(name)
-        room -= size
-    for number, names in enumerate(parts, 1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
-        where |= dict.fromkeys(names, file)
-        gathered = ((name, full_tensor(weights[name])) for name in names)  # by all processes, one at a time
-        tensors = {name: weight.to("cpu", dtype).contiguous() for name, weight in gathered if is_writer()}
-        if is_writer():
-            folder.mkdir(exist_ok=True)
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-            (folder / file).chmod(folder.stat().st_mode & 0o666)  # the library writes it for its owner alone
-    if len(parts) > 1 and is_writer():
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(where.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    """Write model.safetensors. All processes gather, one tensor at a time."""
+    gathered = ((name, full_tensor(weight)) for name, weight in weights.items())
+    tensors = {name: weight.to("cpu", dtype).contiguous() for name, weight in gathered if is_writer()}
+    if is_writer():
+        folder.mkdir(exist_ok=True)
+        path = folder / "model.safetensors"
+        save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(folder.stat().st_mode & 0o666)  # the library writes it for its owner alone
 
 
 def read_json(path: Path) -> dict:
@@ -294,10 +281,7 @@ def open_safetensors(path: Path) -> Iterator:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        with open(path, "rb") as start:
-            pointer = start.read(19) == b"version https://git"
-        mend = "is a pointer of git-lfs, not the weights: run git lfs pull" if pointer else None
-        raise UserError(f"{path} {mend or f'is damaged ({error}): restore it from a copy'}") from error
+        raise UserError(f"{path} is damaged, or a pointer of git-lfs ({error}): restore it from a copy") from error
 
 
 def read_tensor(path: Path, key: str) -> Tensor:
@@ -307,7 +291,7 @@ def read_tensor(path: Path, key: str) -> Tensor:
 
 
 def export(source: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], dtype: DType = "bf16") -> None:
-    """Write a checkpoint again: in another precision, in one file or in shards, with its tokenizer.
+    """Write a checkpoint again: in another precision and in one file, with its tokenizer.
 
     Args:
         source: checkpoint folder to read.

@@ -172,26 +172,24 @@ def same(net, other):
         assert a.equal(b), name
 
 
-def test_a_large_checkpoint_is_sharded_with_an_index_and_loads_the_same(tmp_path, monkeypatch):
-    net = LoopedTransformer(SHAPE)
-    checkpoint.save(net, tmp_path / "one")
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8000)
-    checkpoint.save(net, tmp_path / "many")
-    files = sorted((tmp_path / "many").glob("*.safetensors"))
-    assert len(files) > 2
-    assert [f.name for f in files] == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    index = json.loads((tmp_path / "many" / checkpoint.INDEX).read_text())
-    whole = load_file(tmp_path / "one" / "model.safetensors")
-    assert index["weight_map"].keys() == whole.keys()
-    assert index["metadata"]["total_size"] == sum(w.numel() * 4 for w in whole.values())
-    checkpoint.save(net, tmp_path / "half", dtype=torch.bfloat16)
-    half = json.loads((tmp_path / "half" / checkpoint.INDEX).read_text())
-    assert half["metadata"]["total_size"] == index["metadata"]["total_size"] / 2
-    for file in files:
-        part = load_file(file)
-        assert {key for key, name in index["weight_map"].items() if name == file.name} == part.keys()
-        assert sum(w.numel() * 4 for w in part.values()) <= 8000
-    same(checkpoint.load(tmp_path / "one"), checkpoint.load(tmp_path / "many"))
+def split(folder):
+    """What other programs write of a large checkpoint: several files and their index."""
+    whole = load_file(folder / "model.safetensors")
+    where = {name: f"model-{1 + i % 3:05}-of-00003.safetensors" for i, name in enumerate(sorted(whole))}
+    for file in {*where.values()}:
+        save_file({name: whole[name] for name in where if where[name] == file}, folder / file)
+    (folder / checkpoint.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors").unlink()
+
+
+def test_a_checkpoint_in_shards_loads_the_same_and_is_saved_in_one_file(tmp_path):
+    checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "many")
+    split(tmp_path / "many")
+    net = checkpoint.load(tmp_path / "many")
+    same(checkpoint.load(tmp_path / "a"), net)
+    checkpoint.save(net, tmp_path / "b")
+    assert [path.name for path in (tmp_path / "b").glob("*.safetensors*")] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -364,10 +362,10 @@ def test_a_threshold_of_one_and_more_and_null_all_mean_all_loops(tmp_path, value
     assert model.exit_loop(again(torch.zeros(1, 2, dtype=torch.long)).gate, again.config.exit_threshold).eq(3).all()
 
 
-def test_buffers_of_rotary_frequencies_beside_the_weights_are_ignored(tmp_path, monkeypatch):
+def test_buffers_of_rotary_frequencies_beside_the_weights_are_ignored(tmp_path):
     net = LoopedTransformer(SHAPE)
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8000)
     checkpoint.save(net, tmp_path / "a")
+    split(tmp_path / "a")
     name, first = "model.layers.0.self_attn.rotary_emb.inv_freq", sorted((tmp_path / "a").glob("*.safetensors"))[0]
     save_file(load_file(first) | {name: torch.ones(2, dtype=torch.int64)}, first)
     reindex(tmp_path / "a", lambda w: w | {name: first.name})
@@ -588,12 +586,10 @@ def test_null_means_the_default_where_other_programs_write_it(tmp_path):
     assert checkpoint.load_config(tmp_path / "a") == replace(SHAPE, kv_heads=4).resolved()
 
 
-def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
+def test_a_pointer_of_git_lfs_is_refused_by_its_name(tmp_path):
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
-    (tmp_path / "a" / "model.safetensors").write_text(
-        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
-    )
-    with pytest.raises(UserError, match="is a pointer of git-lfs, not the weights: run git lfs pull"):
+    (tmp_path / "a" / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match="is damaged, or a pointer of git-lfs"):
         checkpoint.load(tmp_path / "a")
 
 
@@ -618,9 +614,9 @@ def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(tmp_path):
         (lambda f: next(f.glob("*00001-of*")).write_bytes(b"junk"), r"model-00001-of-\d+.safetensors is damaged"),
     ],
 )
-def test_a_damaged_index_or_shard_is_refused(tmp_path, monkeypatch, damage, message):
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 8000)
+def test_a_damaged_index_or_shard_is_refused(tmp_path, damage, message):
     checkpoint.save(LoopedTransformer(SHAPE), tmp_path / "a")
+    split(tmp_path / "a")
     damage(tmp_path / "a")
     with pytest.raises(UserError, match=message):
         checkpoint.load(tmp_path / "a")
@@ -718,8 +714,8 @@ def test_nothing_saved_is_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 65}, "model.width 65 is not divisible by model.heads 4: try model.width 68"),
-        ({"heads": 4, "kv_heads": 3}, "model.heads 4 is not divisible by model.kv_heads 3"),
+        ({"width": 65}, "--model.width 65 is not divisible by --model.heads 4: try --model.width 68"),
+        ({"heads": 4, "kv_heads": 3}, "--model.heads 4 is not divisible by --model.kv-heads 3"),
         ({"width": 12, "kv_heads": 0}, "heads of 3 channels: rotary positions need an even number"),
         ({"layers": 0}, "model.layers 0 is out of its range: give a number from 1 to 1000"),
         ({"loops": 0}, "model.loops 0 is out of its range: give a number from 1 to 64"),
