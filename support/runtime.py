@@ -171,28 +171,27 @@ def step_flops(stage: str, c, cfg, batch) -> float:
 
 def open_logger(name: str, folder: Path, config: dict, run_id: str) -> Callable[[dict], None]:
     """Where a step's numbers go besides log.jsonl, and the comparison's; on one axis, the steps of all stages. A run
-    that is resumed goes on there, from the same step. Raises UserError if the package for it isn't installed."""
-    starts, writer = itertools.accumulate((config[stage]["steps"] for stage in config["objective"]), initial=0), None
+    that is resumed goes on there. Raises UserError if the package for it isn't installed."""
+    starts = itertools.accumulate((config[stage]["steps"] for stage in config["objective"]), initial=0)
     starts = dict(zip((*config["objective"], "comparison"), starts, strict=True))
     try:
         if name == "wandb":
             import wandb
 
-            how = {"name": folder.name, "id": run_id, "resume": "allow", "dir": str(folder)}
-            wandb.init(project="looprpt", config=config, **how)
+            wandb.init(project="looprpt", name=folder.name, id=run_id, resume="allow", dir=folder, config=config)
         elif name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(folder / "tensorboard"))
     except ImportError as error:
         raise UserError(f"--logger {name} needs a package ({error}): pip install {name}") from error
 
     def write(numbers: dict) -> None:
-        nonlocal writer
         stage, step = numbers["stage"], starts[numbers["stage"]] + numbers["step"]
         named = {f"{stage}/{key}": x for key, x in numbers.items() if key != "step" and isinstance(x, int | float)}
         if name == "wandb":
             wandb.log(named, step=step)
         elif name == "tensorboard":
-            writer = writer or SummaryWriter(str(folder / "tensorboard"), purge_step=step)  # hides what is done again
             for key, x in named.items():
                 writer.add_scalar(key, x, step)
             writer.flush()
