@@ -322,7 +322,7 @@ def gpu(out: Path, only: tuple[str, ...] = (), tiny: bool = False, texts=study.S
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     names, device = study.select(only, PIECES, "--only"), str(runtime.pick_device(device))
     runtime.make_folder(out.parent)
-    pieces, lines = checkpoint.read_json(out)["pieces"] if out.exists() else {}, []
+    pieces = checkpoint.read_json(out)["pieces"] if out.exists() else {}
     for name in (name for name in names if name not in pieces or (only and "error" in pieces[name])):
         new = out.with_name(f"{out.stem}.{name}.json")
         places = {"new": new, "name": out.with_suffix(""), "texts": texts, "device": device}
@@ -332,20 +332,12 @@ def gpu(out: Path, only: tuple[str, ...] = (), tiny: bool = False, texts=study.S
         start, ended = time.perf_counter(), subprocess.run([*limit, sys.executable, *args], check=False, **how)
         status, last = ended.returncode, ended.stdout.strip().rpartition("\n")[2]
         last = "not done after eight minutes" if status == 124 else last or f"exit status {status}"
-        console.print(ended.stdout if status else last, soft_wrap=True)
+        console.print(ended.stdout.strip(), f"{name}: {last}", sep="\n", soft_wrap=True)
         pieces[name] = {"command": ["python", *args], "seconds": time.perf_counter() - start}
         pieces[name] |= checkpoint.read_json(new) if new.exists() else {"error" if status else "said": last}
         checkpoint.write_json(out, {"pieces": pieces})
         new.unlink(missing_ok=True)
-    made_by = runtime.provenance(torch.device(device))  # only now: it takes memory of a GPU
-    columns = ("tokens_per_s", "speedup", "loops", "mfu", "peak_gib", "plan_gib")
-    for name, piece in pieces.items():
-        said = [{"form": piece.get("error", piece.get("said"))}]
-        for row in [row for run in piece.get("runs", ()) for row in run["forms"]] or piece.get("rows", said):
-            what = ", ".join(str(row[key]) for key in ("form", "threshold", "error") if key in row)
-            lines.append([name, what[:99], *("–" if row.get(x) is None else f"{row[x]:,.2f}" for x in columns)])
-    title = f"{out}: {made_by['device']}, commit {made_by['commit']}"
-    runtime.print_table(title, ("piece", "form, or exit threshold", *columns), lines, left=2)
+    console.print(f"{out}: commit {runtime.git('rev-parse', 'HEAD')}", soft_wrap=True)
 
 
 @unchecked()

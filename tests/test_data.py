@@ -280,7 +280,7 @@ def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
 
 
 def test_tokenizers_are_refused_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"data.tokenizer nowhere is not a file: give a tokenizer.json, or 'bytes'"):
+    with pytest.raises(UserError, match=r"--data.tokenizer nowhere is not a file: give a tokenizer.json, or 'bytes'"):
         text.load_tokenizer("nowhere")
     (tmp_path / "t.json").write_text("{}")
     with pytest.raises(UserError, match="is not a tokenizer"):

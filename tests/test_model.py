@@ -717,10 +717,10 @@ def test_nothing_saved_is_overwritten(tmp_path):
         ({"width": 65}, "--model.width 65 is not divisible by --model.heads 4: try --model.width 68"),
         ({"heads": 4, "kv_heads": 3}, "--model.heads 4 is not divisible by --model.kv-heads 3"),
         ({"width": 12, "kv_heads": 0}, "heads of 3 channels: rotary positions need an even number"),
-        ({"layers": 0}, "model.layers 0 is out of its range: give a number from 1 to 1000"),
-        ({"loops": 0}, "model.loops 0 is out of its range: give a number from 1 to 64"),
-        ({"loops": 65}, "model.loops 65 is out of its range: give a number from 1 to 64"),
-        ({"ffn": -1}, r"model.ffn -1 is out of its range: give a number from 0 to 1e\+06"),
+        ({"layers": 0}, "--model.layers 0 is out of its range: give a number from 1 to 1000"),
+        ({"loops": 0}, "--model.loops 0 is out of its range: give a number from 1 to 64"),
+        ({"loops": 65}, "--model.loops 65 is out of its range: give a number from 1 to 64"),
+        ({"ffn": -1}, r"--model.ffn -1 is out of its range: give a number from 0 to 1e\+06"),
     ],
 )
 def test_a_shape_that_no_model_can_have_is_refused(change, message):
