@@ -22,8 +22,8 @@ from support import checkpoint, runtime
 from support.ranges import Checked, NonNegative, unchecked
 from support.runtime import Precision, UserError, print_table, progress_bar
 
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the gate, to be shown
-FINE = tuple(sorted({*THRESHOLDS, *(1 / (1 + math.exp(-x / 2)) for x in range(-18, 19))}))  # of its curve, from 1e-4
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # to be shown
+FINE = tuple(sorted({*THRESHOLDS, *(1 / (1 + math.exp(-x / 2)) for x in range(-18, 19))}))  # of a curve, from 1e-4
 DIFFICULTY = {"easy": (0.5, 1.0), "medium": (1.0, 1.5), "hard": (1.5, math.inf)}  # nats of the first model's last loop
 SATURATION_LOGIT = 6.2  # a gate's logit beyond which its sigmoid rounds to 0 or 1 in bfloat16
 
@@ -44,7 +44,7 @@ class Scores(NamedTuple):
 
     correct: Tensor  # N L  whether the largest logit is the right token
     gate: Tensor  # N L  exit logits
-    entropy: Tensor  # N L  of the distribution after each loop, nats
+    entropy: Tensor  # N  of the distribution after the last loop, nats
     logp: Tensor  # N L  log-probability of the right token
     max_logp: Tensor  # N L  log-probability of the likeliest token
     document: Tensor  # N  which document it is in
@@ -71,42 +71,32 @@ def score(
 
 
 def score_tokens(net: LoopedTransformer, hidden: Tensor, targets: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-    """The first five of the scores of some tokens.    N L D, N, N L -> each N L"""
+    """The first five of the scores of some tokens.    N L D, N, N L -> N L each, entropy N"""
     logits = net.logits(hidden)  # N L V
     correct = logits.argmax(-1) == targets[:, None]
     logits -= logits.logsumexp(-1, keepdim=True)  # log-probabilities, in place
     gold = logits.gather(-1, targets[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]  # N L
-    entropy = -(logits.exp() * logits).sum(-1)
+    entropy = -(logits[:, -1].exp() * logits[:, -1]).sum(-1)  # N
     return tuple(x.cpu() for x in (correct, gate, entropy, gold, logits.amax(-1)))
 
 
 def buckets(first: Scores) -> dict[str, Tensor]:
     """Which tokens each bucket holds, by the first model.    -> each N"""
-    last = first.entropy[:, -1]
-    sets = {"all": torch.ones_like(last, dtype=torch.bool)}
-    sets |= {name: (last >= low) & (last < high) for name, (low, high) in DIFFICULTY.items()}
+    h = first.entropy
+    sets = {"all": torch.ones_like(h, dtype=torch.bool)}
+    sets |= {name: (h >= low) & (h < high) for name, (low, high) in DIFFICULTY.items()}
     if first.depth is not None:
         sets |= {f"depth_{d}": first.depth == d for d in range(1, int(first.depth.max()) + 1)}
     return sets
 
 
-# Each gives every loop of a token a number, cumulative exit probability or log-probability of the likeliest token;
-# the token leaves after the first loop whose number reaches a threshold, or after the last
-EXIT_RULES = {"gate": lambda s: exit_cdf(s.gate), "confidence": lambda s: s.max_logp}
-
-
-def thresholds(reached: Tensor, rule: str) -> Tensor:
-    """The gate's are fixed, another rule's are as many quantiles of its numbers before the last loop. They lie close,
-    since a curve is read on straight lines: a chord would be below what a rival can do.    N L -> K"""
-    if rule == "gate":
-        return torch.tensor(FINE)
-    values = reached[:, :-1].flatten().sort().values
-    quantiles = torch.linspace(0, 1, len(FINE) + 2)[1:-1]
-    return values[(quantiles * len(values)).long()] if len(values) else torch.zeros(len(FINE))
+# Each gives every loop of a token a probability: of having left, or of the likeliest token. The token leaves after the
+# first loop whose probability reaches a threshold, or after the last
+EXIT_RULES = {"gate": lambda s: exit_cdf(s.gate), "confidence": lambda s: s.max_logp.exp()}
 
 
 def exit_at(reached: Tensor, threshold: float) -> Tensor:
-    """First loop (from 0) whose number reaches the threshold, the last if none does.    N L -> N"""
+    """First loop (from 0) whose probability reaches the threshold, the last if none does.    N L -> N"""
     return (reached[:, :-1] < threshold).cumprod(-1).sum(-1)
 
 
@@ -127,19 +117,13 @@ class Tally(NamedTuple):
     logp: Tensor  # D L
     rules: Tensor  # D R K 2  for each exit rule and threshold: right where it leaves, and loops
 
-    def weighted(self, weights: Tensor) -> "Tally":
-        """Totals of documents drawn so often.    weights W D -> each with W for D"""
-        return Tally(*(torch.tensordot(weights, x, 1) for x in self))
-
-    def bootstrapped(self, rounds: int = 2000, seed: int = 0) -> "Tally":
+    def bootstrapped(self, rounds: int = 2000) -> "Tally":
         """Totals of the documents themselves, then of as many drawn from them, the same for every model.    -> 1+W"""
-        n, generator = len(self.tokens), runtime.seeded("bootstrap", seed)
-        totals = [self.weighted(torch.ones(1, n).double())]
-        for start in range(0, rounds, 100):  # a hundred at once, so that memory doesn't grow with the rounds
-            chosen = torch.randint(n, (min(100, rounds - start), n), generator=generator)
-            times = torch.zeros(chosen.shape).scatter_add_(1, chosen, torch.ones(chosen.shape))  # W D
-            totals.append(self.weighted(times.double()))
-        return Tally(*map(torch.cat, zip(*totals, strict=True)))
+        n = len(self.tokens)
+        chosen = torch.randint(n, (rounds, n), generator=runtime.seeded("bootstrap", 0))
+        times = torch.zeros(chosen.shape).scatter_add_(1, chosen, torch.ones(chosen.shape))  # W D
+        weights = torch.cat((torch.ones(1, n), times)).double()  # 1+W D
+        return Tally(*(torch.tensordot(weights, x, 1) for x in self))
 
     def by_loop(self) -> Tensor:
         """Accuracy after each loop.    -> D L"""
@@ -161,9 +145,9 @@ def tally(s: Scores, tokens: Tensor) -> Tally:
         return torch.zeros(n, *x.shape[1:], dtype=torch.float64).index_add_(0, document, x.double())
 
     rules = []
-    for name, rule in EXIT_RULES.items():
+    for rule in EXIT_RULES.values():
         reached, points = rule(s)[tokens], []
-        for threshold in thresholds(reached, name):
+        for threshold in FINE:
             leaves = exit_at(reached, threshold)  # N
             points.append(total(torch.stack((correct.gather(1, leaves[:, None])[:, 0], leaves + 1), -1)))
         rules.append(torch.stack(points, 1))  # D K 2

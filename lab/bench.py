@@ -47,10 +47,8 @@ FORMS = {"naive": PAPER, "paper": PAPER, "exact": replace(PAPER, estimator="exac
 
 def random_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.float32) -> LoopedTransformer:
     """Random weights, wide enough that the gate finds tokens to leave after every loop."""
-    c, (weights, gate) = (
-        replace(SHAPES[shape], init_std=0.06),
-        (runtime.seeded(x, device=device) for x in (shape, "gate")),
-    )
+    c = replace(SHAPES[shape], init_std=0.06)
+    weights, gate = (runtime.seeded(x, device=device) for x in (shape, "gate"))
     with torch.device(device):
         net = LoopedTransformer(c, generator=weights).to(dtype)
     nn.init.normal_(net.early_exit_gate.weight, std=1.5 * c.width**-0.5, generator=gate)

@@ -31,7 +31,7 @@ from eval import at_threshold_half
 from support import checkpoint, runtime, text
 from support.processes import stop_signals
 from support.ranges import Checked, NonNegative, Positive, flag, flatten_config, unchecked
-from support.runs import FOLDER, read_log
+from support.runs import FOLDER
 from support.runtime import Precision, UserError, console
 
 EXACT = "--rpt.estimator exact --rpt.rollouts 1"
@@ -124,12 +124,9 @@ def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
             tallies = {bucket: eval.tally(scores, sets[bucket])._asdict() for bucket in COMPARED_BUCKETS}
             sums = {f"{bucket}.{key}": x.contiguous() for bucket in tallies for key, x in tallies[bucket].items()}
             save_file(sums, run_folder / "tally.safetensors")
-            log = read_log(run_folder / "log.jsonl")
-            every = max(1, len(log) // 50)
-            training = [{key: step[key] for key in ("step", "loss", "loops")} for step in log[every - 1 :: every]]
             flags, starts = command(config, folder, seed, name), checkpoint.read_json(run_folder / "run.json")["starts"]
             made = {"variant": name, "seed": seed, "command": shlex.join(["python", "looprpt.py", *flags])}
-            write_result(result, config, **made, trained=starts[-1], buckets=summaries, training=training)
+            write_result(result, config, **made, trained=starts[-1], buckets=summaries)
     compare_variants(config, folder, results)
 
 

@@ -135,10 +135,9 @@ def test_scores_agree_with_a_plain_count(run):
 
 def test_buckets_are_those_of_the_first_model_at_its_own_limits():
     last, zeros = torch.tensor([0.4, 0.5, 0.9, 1.0, 1.5, 3.0]), torch.zeros(6, 3)
-    entropy = torch.stack((last + 9, last + 9, last), 1)
-    correct, rest = torch.ones(6, 3, dtype=torch.bool), [zeros] * 4
-    first = eval.Scores(correct, zeros, entropy, *rest, torch.arange(6), None)
-    other = first._replace(entropy=entropy.flip(0) * 2, correct=last[:, None].expand(6, 3) > 1)
+    correct = torch.ones(6, 3, dtype=torch.bool)
+    first = eval.Scores(correct, zeros, last, zeros, zeros, torch.arange(6), None)
+    other = first._replace(entropy=last.flip(0) * 2, correct=last[:, None].expand(6, 3) > 1)
     found = eval.results({"a": first, "b": other}, device=torch.device("cpu"), seed=0)["models"]
     for name in ("a", "b"):
         sizes = {bucket: b["tokens"] for bucket, b in found[name]["buckets"].items()}
