@@ -86,15 +86,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in at least float32; cast back before the weight, as the published weights expect."""
+    """Root-mean-square norm, inside in at least float32; cast back before the weight, as published weights expect."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(exact, x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps).type_as(x) * self.weight
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
