@@ -303,7 +303,7 @@ PIECES |= {"rpt": f"{STEP} ouro-1.4b --forms paper exact dense --recompute", "rp
 for n in (1, 2, 4):
     PIECES[f"pretrain-{n}"] = f"{STEP} ouro-1.4b --stage pretrain --rows {n}"
     PIECES[f"pretrain-{n}-recomputed"] = PIECES[f"pretrain-{n}"] + " --recompute"
-for n, tokens in (1, 32), (8, 12), (32, 4):
+for n, tokens in (1, 64), (8, 32), (32, 16):
     PIECES[f"decode-{n}"] = f"{DECODE} --batch {n} --tokens {tokens}"
     PIECES[f"decode-{n}-verify"] = PIECES[f"decode-{n}"] + " --verify 4"
 PIECES["study"] = "-m lab.study run --track text --device {device} --texts {texts} --out {name}.runs --results {name}"
