@@ -93,11 +93,9 @@ def save_run(run: Run, *, folder: Path, objective: Sequence[Stage], keep: int) -
 
 def saved_states(folder: Path, stages: Sequence[Stage]) -> list[Path]:
     """The saved states of these stages, from the last step of the last stage back."""
-    states = []
-    for stage in reversed(stages):
-        steps = {path.name.partition("-")[2]: path for path in (folder / "state").glob(f"{stage}-*")}
-        states += [steps[step] for step in sorted(filter(str.isdecimal, steps), key=int, reverse=True)]
-    return states
+    names = {path: path.name.partition("-") for path in (folder / "state").glob("*-*")}
+    places = {path: (stages.index(x), int(n)) for path, (x, _, n) in names.items() if x in stages and n.isdecimal()}
+    return sorted(places, key=places.get, reverse=True)
 
 
 def checksum(file: Path) -> str:
@@ -127,11 +125,7 @@ def latest_state(folder: Path, stage: Stage, step: int | None = None) -> Path | 
                 chosen.fill_(int(state.name.partition("-")[2]))
                 break
             console.print(f"{state} is skipped ({damage})", soft_wrap=True)
-            if (state / "state.json").exists():  # it may still be of use to somebody
-                names = [state.with_name(f"{state.name}.damaged{n or ''}") for n in range(100)]
-                state.rename(next(path for path in names if not path.exists()))
-            else:
-                shutil.rmtree(state)  # it was being removed
+            state.rename(f"{state}.damaged-{uuid.uuid4().hex[:8]}")  # it may still be of use to somebody
     if dist.is_initialized():
         chosen = chosen.to("cuda") if dist.get_backend() == "nccl" else chosen
         dist.broadcast(chosen, 0)
@@ -153,31 +147,17 @@ def restore(run: Run, state: Path, steps: int) -> None:
     run.step, run.skipped, run.bad = info["step"], info["skipped"], info["bad"]
     run.saved = f"the last good checkpoint is {state}"
     if run.step > steps:
-        problem = f"--{run.stage}.steps {steps} is less than the {run.step} that {state} has done"
-        raise UserError(f"{problem}: give as many or more")
-    files = checkpoint.index_tensors(state / "moments", {})
-    trained = {p for group in run.optimizer.param_groups for p in group["params"]}
-    for name, p in run.student.named_parameters():
-        if p not in trained or f"exp_avg.{name}" not in files:
-            continue
-        moments = {"step": torch.tensor(float(run.step - run.skipped), device=p.device)}
-        for kind in MOMENTS:
-            key = f"{kind}.{name}"
-            moments[kind] = checkpoint.read_tensor(files[key], key).to(p.device, p.dtype, copy=True)
-            if isinstance(p, DTensor):
-                moments[kind] = distribute_tensor(moments[kind], p.device_mesh, p.placements, src_data_rank=None)
-        run.optimizer.state[p] = moments
+        raise UserError(f"--{run.stage}.steps {steps} is less than the {run.step} that {state} has done: give more")
+    parameters, updates = dict(run.student.named_parameters()), float(run.step - run.skipped)
+    for key, file in checkpoint.index_tensors(state / "moments", {}).items():
+        kind, _, name = key.partition(".")
+        p = parameters[name]
+        moment = checkpoint.read_tensor(file, key).to(p.device, p.dtype, copy=True)
+        if isinstance(p, DTensor):
+            moment = distribute_tensor(moment, p.device_mesh, p.placements, src_data_rank=None)
+        run.optimizer.state[p] |= {kind: moment, "step": torch.tensor(updates, device=p.device)}
     if is_writer():
         console.print(f"{run.stage} goes on after step {run.step}, from {state}", soft_wrap=True)
-
-
-def read_log(path: Path) -> list[dict]:
-    """The numbers of each step."""
-    steps = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):  # of a line that was being written when the run ended
-            steps.append(json.loads(line))
-    return steps
 
 
 @contextmanager
@@ -187,9 +167,12 @@ def open_log(path: Path, run: Run, done: Sequence[Stage], total: int, logger: Ca
     if not is_writer():
         yield lambda numbers: None
         return
-    kept = [x for x in read_log(path) if x["stage"] in done or (x["stage"] == run.stage and x["step"] <= run.step)]
-    checkpoint.write_atomic(path, "".join(json.dumps(numbers) + "\n" for numbers in kept))
-    recent: deque[dict] = deque(maxlen=50)
+    kept, recent = [], deque(maxlen=50)
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):  # of a line that was being written when the run ended
+            x = json.loads(line)
+            kept += [f"{line}\n"] if x["stage"] in done or (x["stage"] == run.stage and x["step"] <= run.step) else []
+    checkpoint.write_atomic(path, "".join(kept))
     columns = ("{task.description:>8}", BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
     columns, many = (*columns, "{task.fields[status]}"), not console.is_terminal
     with open(path, "a", encoding="utf-8") as log, Progress(*columns, console=console, disable=many) as bar:
@@ -210,12 +193,11 @@ def open_log(path: Path, run: Run, done: Sequence[Stage], total: int, logger: Ca
 
 def require_free(folder: Path, *, resume: bool) -> None:
     """Raises UserError if a folder holds a run already, and it isn't to be resumed or can't be."""
-    taken = [name for name in (*FOLDER.values(), "state", "results.json") if (folder / name).exists()]
-    if taken and resume and not (folder / "run.json").exists():
-        raise UserError(f"--out {folder} has {', '.join(taken)}, but no run.json: restore it, or begin anew")
+    taken = ", ".join(name for name in (*FOLDER.values(), "state", "results.json") if (folder / name).exists())
     if taken and not resume:
-        problem = f"--out {folder} holds another run ({', '.join(taken)})"
-        raise UserError(f"{problem}: nothing saved is overwritten, give another, or --resume")
+        raise UserError(f"--out {folder} holds another run ({taken}): give another, or --resume this one")
+    if taken and not (folder / "run.json").exists():
+        raise UserError(f"--out {folder} has {taken}, but no run.json: restore it, or begin anew")
 
 
 @contextmanager
@@ -264,14 +246,12 @@ def open_run(folder: Path, config, student: LoopedTransformer, world: int, chose
     if config.init and config.data.tokenizer == "auto":
         files["tokenizer"] = config.init / "tokenizer.json"
     record |= {"sha256": {name: checksum(x) for name, x in files.items() if os.path.isfile(x)}, "starts": []}
-    for stage, name in FOLDER.items():  # what saves that were cut off left
-        for leftover in (*folder.glob(f".{name}.*.tmp"), *folder.glob(f"state/.{stage}-*.tmp")):
-            shutil.rmtree(leftover)
+    for leftover in (*folder.glob(".*.*.tmp"), *folder.glob("state/.*.tmp")):  # of saves that were cut off
+        shutil.rmtree(leftover, ignore_errors=True)
     if config.resume and (folder / "run.json").exists():
         now, record = record["sha256"], record | checkpoint.read_json(folder / "run.json")
         for name in [name for name in now if now[name] != record["sha256"].get(name, now[name])]:
-            problem = f"--data.{name} {files[name]} has changed since the run began"
-            raise UserError(f"{problem}: restore the file, or begin another run")
+            raise UserError(f"--data.{name} {files[name]} has changed since the run began: restore it, or begin anew")
     timestamp, changed = time.strftime("%Y-%m-%dT%H:%M:%S%z"), git("status", "--porcelain", "--untracked-files=no")
     versions = {name: importlib.metadata.version(name) for name in ("torch", "safetensors", "tokenizers", "tyro")}
     start = {"time": timestamp, "processes": world, "dirty": None if changed is None else bool(changed)}

@@ -235,8 +235,7 @@ def test_the_other_forms_train_too(tmp_path, monkeypatch, flags):
 
 def test_another_run_is_never_overwritten(run, monkeypatch):
     assert refused(monkeypatch, looprpt, "--out", run) == (
-        f"--out {run} holds another run (base, rpt, state, results.json): nothing saved is overwritten, give another, "
-        "or --resume"
+        f"--out {run} holds another run (base, rpt, state, results.json): give another, or --resume this one"
     )
 
 
