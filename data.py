@@ -15,6 +15,7 @@ From a file to a step: read_documents (support/text.py), encode, Documents.batch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 from support import text
-from support.ranges import AtLeastTwo, Checked, Positive, Range
+from support.ranges import AtLeastTwo, Checked, Positive, Range, flag
 from support.runtime import UserError, seeded, to_device
 
 
@@ -49,13 +50,10 @@ class DataConfig(Checked, group="data."):
 
     def check(self) -> None:
         super().check()
-        if self.prompt_key and not self.response_key:
-            raise UserError(f"--data.prompt-key {self.prompt_key} came alone: give --data.response-key too")
-        if self.val and not self.path:
-            raise UserError(f"--data.val {self.val} came without --data.path: give the file to train on too")
-        if self.tokenizer != "auto" and not self.path:
-            problem = f"--data.tokenizer {self.tokenizer} came without --data.path"
-            raise UserError(f"{problem}: the built-in task has its own")
+        for name, needed in (("prompt_key", "response_key"), ("val", "path"), ("tokenizer", "path")):
+            if (value := getattr(self, name)) not in (None, "auto") and not getattr(self, needed):
+                way = f"came without --data.{needed.replace('_', '-')}: give that too"
+                raise UserError(f"{flag(f'data.{name}', value)} {way}")
 
     def within(self, positions: int, owner: object) -> "DataConfig":
         """The same, with rows that a model of so many positions takes. Raises UserError for a length above them."""
@@ -86,19 +84,14 @@ class Chain:
         while n < size:
             operands = torch.randint(MODULUS, (16 * size, self.operands), generator=generator)
             operators = torch.randint(len(OPERATORS), (16 * size, self.operands - 1), generator=generator)
-            keep = self.is_held_out(operands, operators) == bool(self.held_out)
+            code = torch.zeros_like(operands[:, 0])  # a multiplicative hash of the whole row
+            for column in (*operands.T, *operators.T):
+                code = (code * 1_000_003 + column + 1) % 2_147_483_647
+            keep = (code * 48_271 % 2_147_483_647 % 8 == 0) == bool(self.held_out)
             kept.append((operands[keep], operators[keep]))
             n += int(keep.sum())
         operands, operators = (torch.cat(part)[:size][rank::world] for part in zip(*kept, strict=True))
         return chain_batch(operands, operators)
-
-    @staticmethod
-    def is_held_out(operands: Tensor, operators: Tensor) -> Tensor:
-        """B n, B n-1 -> B  by a multiplicative hash of the whole row."""
-        code = torch.zeros_like(operands[:, 0])
-        for column in (*operands.T, *operators.T):
-            code = (code * 1_000_003 + column + 1) % 2_147_483_647
-        return code * 48_271 % 2_147_483_647 % 8 == 0
 
 
 def chain_batch(operands: Tensor, operators: Tensor) -> Batch:
@@ -146,8 +139,9 @@ def encode(path: str | Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[
     most = (config.length or text.MAX_LENGTH) + 1
     eos = text.eos_id(tokenizer)
     if is_chain(tokenizer) or eos is None:
-        problem = f"the tokenizer has none of the tokens {', '.join(text.EOS_NAMES)}, so no document can end"
-        raise UserError(f"{problem}: give another with --data.tokenizer, or a checkpoint trained on text")
+        raise UserError(
+            f"the tokenizer has no token of {text.EOS_NAMES}: give another, or a checkpoint trained on text"
+        )
     is_chat, silent = isinstance(found[0], list), 0
     if not is_chat and found[0][0] is None:
         documents = [[*r, eos] for r in text.tokenize(tokenizer, [r for _, r in found], added=True)]
@@ -182,22 +176,17 @@ class Documents:
     def __init__(self, rows: list[Row], *, batch: int, seed: object):
         self.rows, self.size, self.seed = rows, batch, seed
         self.lengths = torch.tensor([len(r.ids) for r in rows])
-        self.depth = None
-        self.epoch: tuple[int, list[Tensor]] = -1, []
-        self.batches = len(self.order(0))  # in an epoch
+        self.depth, self.order = None, lru_cache(maxsize=1)(self.shuffle)
+        self.batches = math.ceil(len(rows) / batch)  # in an epoch
 
-    def order(self, epoch: int) -> list[Tensor]:
+    def shuffle(self, epoch: int) -> list[Tensor]:
         """The rows of each batch of an epoch."""
-        if self.epoch[0] != epoch:
-            generator = seeded(self.seed, "epoch", epoch)
-            rows = torch.randperm(len(self.rows), generator=generator)
-            batches = []
-            chunks = rows.tensor_split(math.ceil(len(rows) / self.size))
-            for some in (chunks[i : i + self.pool] for i in range(0, len(chunks), self.pool)):
-                pool = torch.cat(some)
-                batches += pool[self.lengths[pool].argsort(stable=True)].split([*map(len, some)])
-            self.epoch = epoch, [batches[i] for i in torch.randperm(len(batches), generator=generator)]
-        return self.epoch[1]
+        generator, batches = seeded(self.seed, "epoch", epoch), []
+        chunks = torch.randperm(len(self.rows), generator=generator).tensor_split(self.batches)
+        for some in (chunks[i : i + self.pool] for i in range(0, len(chunks), self.pool)):
+            pool = torch.cat(some)
+            batches += pool[self.lengths[pool].argsort(stable=True)].split([*map(len, some)])
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
 
     def batch(self, index: int, *, rank: int = 0, world: int = 1) -> Batch:
         epoch, place = divmod(index, self.batches)

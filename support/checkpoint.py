@@ -94,8 +94,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         os.rename(temporary, folder)
         fsync(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors has its own word for a full disk
-        problem = f"{folder} can't be written ({error}): make room or give another place"
-        raise UserError(f"{problem}; what was saved before is intact") from error
+        raise UserError(f"{folder} can't be written ({error}): make room; what was saved before is intact") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing is there once it is renamed
 
@@ -108,8 +107,6 @@ def fsync(path: Path) -> None:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """A tokenizer.json, without its cutting and padding. Raises UserError if there is none."""
-    if not os.path.isfile(path):
-        raise UserError(f"--data.tokenizer {path} is not a file: give a tokenizer.json, or 'bytes'")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
@@ -191,10 +188,8 @@ def load_config(folder: str | Path) -> ModelConfig:
     """Shape of the checkpoint in a folder. Raises UserError if it isn't one, or isn't Ouro's architecture."""
     path, generation = Path(folder, "config.json"), Path(folder, GENERATION)
     if not path.is_file():
-        what = "is a file, give its folder" if path.parent.is_file() else "has no config.json"
-        if not path.parent.exists():
-            what = f"is not there (to download: hf download ORGANISATION/NAME --local-dir {folder})"
-        raise UserError(f"{folder} is not a checkpoint folder: it {what}")
+        way = f"to download one: hf download ORGANISATION/NAME --local-dir {folder}"
+        raise UserError(f"{folder} is not a checkpoint folder: it has no config.json ({way})")
     config = {"model_type": ""} | {key: value for key, value in read_json(path).items() if value is not None}
     types, parts = config.pop("layer_types", []), [("", config)]
     config["layer_types"] = ([x for x in types if x != "full_attention"] if type(types) is list else [types]) or None
@@ -227,18 +222,14 @@ def index_tensors(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str,
         where = read_json(index).get("weight_map")
         if not where or not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
             raise UserError(f"{index} has no weight_map of names to files: restore the file")
-    elif not (folder / "model.safetensors").is_file():
-        problem = f"{folder} has no model.safetensors, and a pickle (.bin, .pt) can run any code when it is loaded"
-        raise UserError(f"{problem}: convert it in a sandbox, by safetensors.torch.save_file, or download another")
     for file in sorted({*where.values()}) or ["model.safetensors"]:
         path = folder / file
         if Path(file).name != file or not os.path.isfile(path):
-            raise UserError(f"{index} names {file}, which is not in the folder: restore it")
+            raise UserError(f"{folder} has no {file}: restore it (a pickle, .bin or .pt, can run any code: convert it)")
         with open_safetensors(path) as weights:
             stored = {*weights.keys()}
-            if where and (wrong := stored ^ {key for key in where if where[key] == file}):
-                names = shorten(", ".join(sorted(wrong)), 200)
-                raise UserError(f"{index} and {path} disagree on {names}: restore both from a copy")
+            if where and stored != {key for key in where if where[key] == file}:
+                raise UserError(f"{index} and {path} disagree on its tensors: restore both from a copy")
             for key in sorted(key for key in stored if not key.endswith("rotary_emb.inv_freq")):  # computed here
                 place[key], part = path, weights.get_slice(key)
                 shape, kind = tuple(part.get_shape()), part.get_dtype()
@@ -291,12 +282,7 @@ def read_tensor(path: Path, key: str) -> Tensor:
 
 
 def export(source: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], dtype: DType = "bf16") -> None:
-    """Write a checkpoint again: in another precision and in one file, with its tokenizer.
-
-    Args:
-        source: checkpoint folder to read.
-        out: folder to write.
-        dtype: precision of the weights in the file."""
+    """Write a checkpoint again to a new folder OUT: in another precision and in one file, with its tokenizer."""
     model = load(source, dtype=DTYPES[dtype])
     save(model, out, source=source)
     print(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {dtype}, from {source}")

@@ -18,12 +18,13 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from model import LoopedTransformer, ModelConfig
 from support import checkpoint
 from support.processes import all_reduce_sum, full_tensor, is_writer
+from support.ranges import flatten_config, require_same
 from support.runtime import UserError, console, git, make_folder, provenance
 
 Stage = Literal["pretrain", "gate", "rpt"]
@@ -107,8 +108,6 @@ def damage_of(state: Path) -> str | None:
     """What is wrong with a saved state; None if nothing is. An error of the disk is not the state's: it is raised."""
     try:
         info = checkpoint.read_json(state / "state.json")
-        if f"{info['stage']}-{info['step']:06}" != state.name or "student/config.json" not in info["sha256"]:
-            return "its state.json is another's"
         wrong = [name for name, digest in info["sha256"].items() if checksum(state / name) != digest]
     except (FileNotFoundError, UserError, KeyError, TypeError, AttributeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
@@ -134,10 +133,8 @@ def latest_state(folder: Path, stage: Stage, step: int | None = None) -> Path | 
 
 def load_models(state: Path, shape: ModelConfig, device: torch.device) -> tuple:
     """Student and teacher (or None) of a saved state. Raises UserError if they are of another shape."""
-    saved = checkpoint.load_config(state / "student")
-    for name, given in vars(shape).items():
-        if (found := getattr(saved, name)) != given:
-            raise UserError(f"{state} is of another model: its {name} is {found}, this run's {given}; remove it")
+    saved, given = (flatten_config(c, "model.") for c in (checkpoint.load_config(state / "student"), shape))
+    require_same(given, saved, f"{state} (remove it if it is another run's)")
     return tuple(checkpoint.load(x, device) if x.exists() else None for x in (state / "student", state / "teacher"))
 
 
@@ -173,20 +170,20 @@ def open_log(path: Path, run: Run, done: Sequence[Stage], total: int, logger: Ca
             x = json.loads(line)
             kept += [f"{line}\n"] if x["stage"] in done or (x["stage"] == run.stage and x["step"] <= run.step) else []
     checkpoint.write_atomic(path, "".join(kept))
-    columns = ("{task.description:>8}", BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn())
-    columns, many = (*columns, "{task.fields[status]}"), not console.is_terminal
+    columns, many = ("{task.description}", BarColumn(None), TimeRemainingColumn()), not console.is_terminal
     with open(path, "a", encoding="utf-8") as log, Progress(*columns, console=console, disable=many) as bar:
-        task = bar.add_task(run.stage, total=total, status="")
+        task = bar.add_task(run.stage, total=total)
 
         def write(numbers: dict) -> None:
             print(json.dumps(numbers), file=log, flush=True)
             logger(numbers)
             recent.append(numbers)
             step, known = numbers["step"], {key: [r[key] for r in recent if r.get(key) is not None] for key in SHOWN}
-            status = " ".join(SHOWN[key].format(sum(xs) / len(xs)) for key, xs in known.items() if xs)
-            bar.update(task, completed=step, status=status)
+            means = " ".join(SHOWN[key].format(sum(xs) / len(xs)) for key, xs in known.items() if xs)
+            status = f"{run.stage:>8} {step}/{total}  {means}"
+            bar.update(task, completed=step, description=status)
             if many and (step == 1 or step * 20 // total > (step - 1) * 20 // total):
-                console.print(f"{run.stage:>8} {step}/{total}  {status}")
+                console.print(status)
 
         yield write
 
@@ -242,9 +239,8 @@ def open_run(folder: Path, config, student: LoopedTransformer, world: int, chose
     record = {"id": uuid.uuid4().hex[:8], "config": asdict(config), "chosen": chosen, "parameters": parameters}
     if not is_writer():
         return record
-    files = {name: getattr(config.data, name) or "" for name in ("path", "val", "tokenizer")}
-    if config.init and config.data.tokenizer == "auto":
-        files["tokenizer"] = config.init / "tokenizer.json"
+    own = config.init / "tokenizer.json" if config.init and config.data.tokenizer == "auto" else config.data.tokenizer
+    files = {"path": config.data.path or "", "val": config.data.val or "", "tokenizer": own}
     record |= {"sha256": {name: checksum(x) for name, x in files.items() if os.path.isfile(x)}, "starts": []}
     for leftover in (*folder.glob(".*.*.tmp"), *folder.glob("state/.*.tmp")):  # of saves that were cut off
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Machinery that a reader may skip: errors, tables, devices, loggers, provenance."""
 
 import atexit
+import importlib
 import itertools
 import os
 import random
@@ -175,23 +176,20 @@ def open_logger(name: str, folder: Path, config: dict, run_id: str) -> Callable[
     starts = itertools.accumulate((config[stage]["steps"] for stage in config["objective"]), initial=0)
     starts = dict(zip((*config["objective"], "comparison"), starts, strict=True))
     try:
-        if name == "wandb":
-            import wandb
-
-            wandb.init(project="looprpt", name=folder.name, id=run_id, resume="allow", dir=folder, config=config)
-        elif name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(folder / "tensorboard"))
+        wandb = importlib.import_module("wandb") if name == "wandb" else None
+        board = importlib.import_module("torch.utils.tensorboard") if name == "tensorboard" else None
     except ImportError as error:
         raise UserError(f"--logger {name} needs a package ({error}): pip install {name}") from error
+    writer = board and board.SummaryWriter(str(folder / "tensorboard"))
+    if wandb:
+        wandb.init(project="looprpt", name=folder.name, id=run_id, resume="allow", dir=folder, config=config)
 
     def write(numbers: dict) -> None:
         stage, step = numbers["stage"], starts[numbers["stage"]] + numbers["step"]
         named = {f"{stage}/{key}": x for key, x in numbers.items() if key != "step" and isinstance(x, int | float)}
-        if name == "wandb":
+        if wandb:
             wandb.log(named, step=step)
-        elif name == "tensorboard":
+        if writer:
             for key, x in named.items():
                 writer.add_scalar(key, x, step)
             writer.flush()
@@ -207,10 +205,9 @@ def seeded(*key, device: torch.device | str = "cpu") -> torch.Generator:
 def git(*args: str) -> str | None:
     """What git says of this code; None where there is no git, or this is no checkout."""
     command = ["git", "-C", str(Path(__file__).parent), *args]
-    try:
+    with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return None
 
 
 def provenance(device: torch.device) -> dict:

@@ -41,15 +41,11 @@ def byte_tokenizer() -> Tokenizer:
 def pick_tokenizer(name: str | Path, checkpoint: str | Path | None, built_in: Tokenizer) -> Tokenizer:
     """The one asked for by name or path, else ('auto') the checkpoint's own, else the built-in one. Raises UserError
     for a checkpoint without tokenizer.json, or whose vocabulary is smaller than the tokenizer's."""
-    if name == "auto" and checkpoint:
-        name = Path(checkpoint) / "tokenizer.json"
-        if not name.is_file():
-            raise UserError(f"{checkpoint} has no tokenizer.json: put the one that it was trained with there")
+    name = Path(checkpoint) / "tokenizer.json" if name == "auto" and checkpoint else name
     tokenizer = built_in if name == "auto" else byte_tokenizer() if name == "bytes" else load_tokenizer(name)
     known, needed = load_config(checkpoint).vocab_size if checkpoint else math.inf, vocab_size(tokenizer)
     if known < needed:
-        problem = f"{checkpoint} has a vocabulary of {known}, the tokenizer one of {needed}"
-        raise UserError(f"{problem}: give the tokenizer that the checkpoint was trained with")
+        raise UserError(f"{checkpoint} has a vocabulary of {known}, the tokenizer one of {needed}: give its own")
     return tokenizer
 
 
@@ -91,8 +87,7 @@ def encode_chats(tokenizer: Tokenizer, chats: list[Chat]) -> list[tuple[list[int
     turn. Raises UserError if the tokenizer lacks the tokens."""
     start, end = map(tokenizer.token_to_id, (IM_START, IM_END))
     if start is None or end is None:
-        problem = f"ChatML needs a tokenizer with {IM_START} and {IM_END}"
-        raise UserError(f"{problem}: give another, or leave chats and the chat flag out")
+        raise UserError(f"ChatML needs a tokenizer with {IM_START} and {IM_END}: give another, or no chats")
     turns, encoded = [turn for chat in chats for turn in chat], []
     heads = tokenize(tokenizer, [f"{role}\n{content if role != 'assistant' else ''}" for role, content in turns])
     answers = tokenize(tokenizer, [content if role == "assistant" else "" for role, content in turns], added=True)
@@ -108,12 +103,8 @@ def encode_chats(tokenizer: Tokenizer, chats: list[Chat]) -> list[tuple[list[int
 
 
 def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.json")) -> None:
-    """Train a byte-level BPE tokenizer, digits one by one, and write it.
-
-    Args:
-        path: .jsonl, .json, .parquet or .txt to learn from.
-        vocab: number of tokens: 3 special ones, 256 bytes, the rest learned.
-        out: where to write tokenizer.json."""
+    """Train a byte-level BPE tokenizer, digits one by one, on the file PATH (.jsonl, .json, .parquet or .txt), and write
+    it to OUT. Of its VOCAB tokens 3 are special, 256 are bytes, and the rest are learned."""
     if vocab < 259:
         raise UserError(f"--vocab {vocab} is too small: 3 special tokens and 256 bytes need 259")
     documents, out = read_documents(path), Path(out)
@@ -131,8 +122,8 @@ def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.j
 
 def read_records(path: Path) -> Iterator[tuple[str, object]]:
     """Each record of a file, with the words that say where it stands; a .txt file is one, under the key 'text'."""
+    i, parse = 0, partial(json.loads, parse_int=float)  # Python's integers end at 4,300 digits
     if path.suffix == ".parquet":
-        i = 0
         try:
             from pyarrow import ArrowException, parquet
 
@@ -145,7 +136,6 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
             what = f"row {i} can't be read" if i else "is not a parquet file"
             raise UserError(f"{path} {what} ({shorten(str(error), 200)}): mend it, or give another") from error
         return
-    i, parse = 1, partial(json.loads, parse_int=float)  # Python's integers end at 4,300 digits
     try:
         content = path.read_bytes().decode("utf-8-sig")
         first = content.strip().partition("\n")[0].rstrip()
@@ -165,7 +155,7 @@ def read_records(path: Path) -> Iterator[tuple[str, object]]:
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): give another file") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        line, why = i + getattr(error, "lineno", 1) - 1, getattr(error, "msg", "nested too deeply")
+        line, why = max(i, 1) + getattr(error, "lineno", 1) - 1, getattr(error, "msg", "nested too deeply")
         raise UserError(f"{path} line {line} is not JSON ({why}): mend the line, or give another file") from error
 
 
@@ -177,7 +167,7 @@ def get(record: dict, key: str, place: str, kind: type = str):
         if kind is list or value == value.encode(errors="replace").decode():
             return value
         problem = "half a character (a lone surrogate) under"
-    keys = shorten(", ".join(record), 200)
+    keys = f"{shorten(', '.join(record), 200)} (to use others: --data.prompt-key, --data.response-key)"
     raise UserError(f"{place} has {problem} {key!r}: each needs a {what} there; its keys are {keys}")
 
 
@@ -186,8 +176,7 @@ def read_documents(path: str | Path, prompt_key: str | None = None, response_key
     kind, or has a record that lacks the keys, or a text there."""
     path, documents = Path(path), []
     if not os.path.isfile(path) or path.suffix not in (".jsonl", ".json", ".parquet", ".txt"):
-        what = f"is of an unknown kind {path.suffix!r}" if os.path.isfile(path) else "is not a file"
-        raise UserError(f"{path} {what}: give a .jsonl, .json, .parquet or .txt file")
+        raise UserError(f"{path} is not there, or of an unknown kind: give a .jsonl, .json, .parquet or .txt file")
     if path.suffix == ".txt":
         prompt_key, response_key = None, "text"
     for place, record in read_records(path):
@@ -195,13 +184,10 @@ def read_documents(path: str | Path, prompt_key: str | None = None, response_key
             raise UserError(f"{place} is a {type(record).__name__}: each must be an object with the prompt's keys")
         if not documents:  # the first record says where all have their texts
             if response_key is None:
-                known = (*KEY_PAIRS, (None, "messages"), (None, "text"), (None, None))
-                prompt_key, response_key = next(pair for pair in known if record.keys() >= {*pair} - {None})
+                known = (pair for pair in (*KEY_PAIRS, (None, "messages")) if record.keys() >= {*pair} - {None})
+                prompt_key, response_key = next(known, (None, "text"))
             value = record.get(response_key)
             is_chat = response_key == "messages" or (isinstance(value, list) and dict in map(type, value))
-        if response_key is None:
-            problem = f"{place} has the keys {shorten(', '.join(record), 200)}, none of them known"
-            raise UserError(f"{problem}: give --data.prompt-key and --data.response-key")
         if is_chat and not prompt_key:
             turns = enumerate(get(record, response_key, place, list), 1)
             turns = [(turn if isinstance(turn, dict) else {}, f"{place} turn {i}") for i, turn in turns]

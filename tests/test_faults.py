@@ -348,7 +348,8 @@ def test_a_state_of_another_model_is_refused_by_name(tmp_path, monkeypatch):
     info["sha256"] = {name: runs.checksum(state / name) for name in info["sha256"]}
     (state / "state.json").write_text(json.dumps(info))
     message = refused(monkeypatch, out, "--resume")
-    assert message == f"{state} is of another model: its width is 24, this run's 16; remove it"
+    owner = f"{state} (remove it if it is another run's)"
+    assert message == f"--model.width 16 contradicts {owner}, which has 24: leave the flag out"
 
 
 def test_states_are_ordered_by_the_stages_of_the_run_and_by_number(tmp_path):

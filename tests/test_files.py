@@ -150,7 +150,9 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
 
 def test_a_sentence_stays_one_line_however_many_keys_there_are(tmp_path):
     path = write(tmp_path / "a.jsonl", json.dumps({f"key\n{i}": i for i in range(1000)}))
-    with pytest.raises(UserError, match=r"has the keys key 0, key 1, .* \[...\], none of them known") as error:
+    with pytest.raises(
+        UserError, match=r"has no key 'text': .* its keys are key 0, key 1, .* \[...\] \(to use others: --data"
+    ) as error:
         text.read_documents(path)
     assert len(str(error.value)) < 500
 

@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
         (GateConfig, {"steps": -1}, "--gate.steps -1 is out of its range"),
         (ModelConfig, {"loops": 65}, "--model.loops 65 is out of its range: give a number from 1 to 64"),
         (DataConfig, {"length": 1}, "--data.length 1 is out of its range: give a number 2 or more"),
-        (DataConfig, {"prompt_key": "a"}, "--data.prompt-key a came alone: give --data.response-key too"),
+        (DataConfig, {"prompt_key": "a"}, "--data.prompt-key a came without --data.response-key: give that too"),
         (Config, {"objective": ()}, "--objective nothing: give each stage at most once, and at least one of pretrain"),
         (Config, {"objective": ("rpt", "sft")}, "--objective rpt sft is unknown: give pretrain, gate, rpt"),
         (Config, {"model": ModelConfig(loops=1)}, "--model.loops 1 leaves rpt no exit to learn: give 2 or more loops"),

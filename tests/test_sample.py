@@ -806,7 +806,7 @@ def test_a_folder_that_cannot_speak_is_refused(folder, tmp_path, monkeypatch):
     small = refused(monkeypatch, sample, tmp_path / "small", "--prompt", "a")
     assert "has a vocabulary of 100, the tokenizer one of 259" in small
     (folder / "tokenizer.json").unlink()
-    assert "has no tokenizer.json" in refused(monkeypatch, sample, folder, "--prompt", "a")
+    assert "tokenizer.json is not a tokenizer (No such file" in refused(monkeypatch, sample, folder, "--prompt", "a")
 
 
 def test_no_text_is_read_as_markup(folder, tmp_path, monkeypatch, capsys):

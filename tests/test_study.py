@@ -262,7 +262,7 @@ def test_text_is_trained_on_some_files_and_reported_on_another(
     folders = tmp_path / "runs", tmp_path / "results"
     where = ("--track", track, "--texts", texts, "--out", folders[0], "--results", folders[1], "--device", "cpu")
     (texts / "omni_train.jsonl").rename(texts / "elsewhere")
-    assert "omni_train.jsonl is not a file" in refused(monkeypatch, study, "run", *where)
+    assert "omni_train.jsonl is not there" in refused(monkeypatch, study, "run", *where)
     (texts / "elsewhere").rename(texts / "omni_train.jsonl")
     call(monkeypatch, study, "run", "--seeds", 1, "--only", "stage-2", *where)
     for name, source in (("base", "gsm8k_train"), ("stage-2", trained)):
