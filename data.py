@@ -80,8 +80,8 @@ class Chain:
     def batch(self, index: int, *, rank: int = 0, world: int = 1) -> Batch:
         size = min(self.size, self.held_out - index * self.size) if self.held_out else self.size
         generator = seeded(self.seed, "held out" if self.held_out else "train", index)
-        kept, n = [], 0
-        while n < size:
+        kept = []
+        while sum(len(operands) for operands, _ in kept) < size:
             operands = torch.randint(MODULUS, (16 * size, self.operands), generator=generator)
             operators = torch.randint(len(OPERATORS), (16 * size, self.operands - 1), generator=generator)
             code = torch.zeros_like(operands[:, 0])  # a multiplicative hash of the whole row
@@ -89,7 +89,6 @@ class Chain:
                 code = (code * 1_000_003 + column + 1) % 2_147_483_647
             keep = (code * 48_271 % 2_147_483_647 % 8 == 0) == bool(self.held_out)
             kept.append((operands[keep], operators[keep]))
-            n += int(keep.sum())
         operands, operators = (torch.cat(part)[:size][rank::world] for part in zip(*kept, strict=True))
         return chain_batch(operands, operators)
 
@@ -136,12 +135,9 @@ def encode(path: str | Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[
     Prompt and response are tokenized apart, so the boundary is exact, and no text ends itself or its turn.
     Raises UserError for what `read_documents` refuses, a tokenizer that can't end a text, and a file without target."""
     found = text.read_documents(path, config.prompt_key, config.response_key)
-    most = (config.length or text.MAX_LENGTH) + 1
-    eos = text.eos_id(tokenizer)
+    most, eos = (config.length or text.MAX_LENGTH) + 1, text.eos_id(tokenizer)
     if is_chain(tokenizer) or eos is None:
-        raise UserError(
-            f"the tokenizer has no token of {text.EOS_NAMES}: give another, or a checkpoint trained on text"
-        )
+        raise UserError(f"the tokenizer has none of {text.EOS_NAMES}: give another, or a checkpoint trained on text")
     is_chat, silent = isinstance(found[0], list), 0
     if not is_chat and found[0][0] is None:
         documents = [[*r, eos] for r in text.tokenize(tokenizer, [r for _, r in found], added=True)]
@@ -162,8 +158,7 @@ def encode(path: str | Path, tokenizer: Tokenizer, config: DataConfig) -> tuple[
     }
     notes = [f"{path}: {n} of {len(found)} documents {what}" for what, n in counts.items() if n]
     if not rows:
-        way = "give longer text" if len(found) > silent else "give chats that the assistant answers"
-        raise UserError(f"{path} has no target token: {way}, or raise --data.length {most - 1}")
+        raise UserError(f"{path} has no target token: give longer texts, answered chats, or a larger --data.length")
     return rows, notes
 
 
@@ -233,14 +228,14 @@ def split(config: DataConfig, tokenizer: Tokenizer, *, seed: int, world: int = 1
     if config.val:
         val, val_notes = encode(config.val, tokenizer, config)
         notes += val_notes
-    elif len(train) == 1:
-        raise UserError(f"{config.path} gives a single row, so none can be held out: give --data.val")
     else:
         order = torch.randperm(len(train), generator=seeded(seed, "held out")).tolist()
         n = min(256, math.ceil(len(train) / 20))
         train, val = [train[i] for i in order[n:]], [train[i] for i in order[:n]]
     if len(train) < world:
-        raise UserError(f"{config.path} gives {len(train)} rows for {world} processes: each needs one")
+        raise UserError(
+            f"{config.path} gives {len(train)} training rows for {world} processes: give more or --data.val"
+        )
     return train, val, notes
 
 

@@ -254,8 +254,8 @@ def load(folder: str | Path, device="cpu", dtype: torch.dtype | None = torch.flo
             raise UserError(f"{folder} says tie_word_embeddings, but its lm_head.weight differs: set it to false")
         del place["lm_head.weight"]
     if shapes.keys() != place.keys():
-        wrong = (sorted(shapes.keys() - place.keys()), sorted(place.keys() - shapes.keys()))
-        missing, extra = (shorten(", ".join(names) or "none", 200) for names in wrong)
+        names = (", ".join(sorted(a.keys() - b.keys())) for a, b in ((shapes, place), (place, shapes)))
+        missing, extra = (shorten(some or "none", 200) for some in names)
         raise UserError(f"{folder} does not match its config.json: missing {missing}, extra {extra}")
     dtype = dtype or reduce(torch.promote_types, (read_tensor(place[key], key).dtype for key in place))
     weights = {key.removeprefix("model."): read_tensor(place[key], key).to(device, dtype, copy=True) for key in place}

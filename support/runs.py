@@ -207,8 +207,7 @@ def locked(folder: Path) -> Iterator[None]:
     make_folder(folder)
     with open(folder / ".lock", "a") as file:
         try:
-            import fcntl
-
+            fcntl = importlib.import_module("fcntl")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"--out {folder} is in use by another run: wait for its end, or give another") from error

@@ -149,9 +149,8 @@ def speed(start: float, tokens: float, flops: float, world: int, device: torch.d
     mfu = flops / seconds / world / peak if peak else None
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
     with suppress(ImportError):  # of a module that Windows lacks
-        from resource import RUSAGE_SELF, getrusage
-
-        memory = memory or getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        resource, unit = importlib.import_module("resource"), 1 if sys.platform == "darwin" else 1024
+        memory = memory or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"tokens_per_s": tokens / seconds, "mfu": mfu, "memory_gib": memory and memory / 2**30}
 
 

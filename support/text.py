@@ -103,8 +103,8 @@ def encode_chats(tokenizer: Tokenizer, chats: list[Chat]) -> list[tuple[list[int
 
 
 def train_tokenizer(path: Path, vocab: int = 4096, out: Path = Path("tokenizer.json")) -> None:
-    """Train a byte-level BPE tokenizer, digits one by one, on the file PATH (.jsonl, .json, .parquet or .txt), and write
-    it to OUT. Of its VOCAB tokens 3 are special, 256 are bytes, and the rest are learned."""
+    """Train a byte-level BPE tokenizer, digits one by one, on a .jsonl, .json, .parquet or .txt file; write it to OUT.
+    Of its VOCAB tokens 3 are special, 256 are bytes, and the rest are learned."""
     if vocab < 259:
         raise UserError(f"--vocab {vocab} is too small: 3 special tokens and 256 bytes need 259")
     documents, out = read_documents(path), Path(out)

@@ -195,7 +195,9 @@ def test_chats_are_cut_at_the_length_and_keep_the_answers_before(tmp_path):
     assert spell(tokenizer, asked(row)) == "4"
     beside = data.collate([row, data.Row([5] * 90, 90)])
     assert beside.mask.sum(1).tolist() == [1, 0], "of the answers that were cut off, nothing is asked in the padding"
-    with pytest.raises(UserError, match=r"has no target token: give longer text, or raise --data.length 42"):
+    with pytest.raises(
+        UserError, match=r"has no target token: give longer texts, answered chats, or a larger --data.length"
+    ):
         data.encode(path, tokenizer, DataConfig(length=42))
 
 
@@ -240,7 +242,7 @@ def test_messages_give_way_to_known_pairs_and_other_keys_may_hold_chats(tmp_path
         ),
         ('[{"role": "user", "content": [{"type": "text", "text": "q"}]}]', "line 1 turn 1 has no text under 'content'"),
         ('[{"role": "user", "content": "\\ud800"}]', "line 1 turn 1 has half a character"),
-        ("[]", "has no target token: give chats that the assistant answers"),
+        ("[]", "has no target token: give longer texts, answered chats"),
     ],
 )
 def test_a_chat_is_refused_with_its_line_and_turn(tmp_path, messages, message):

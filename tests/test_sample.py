@@ -801,7 +801,7 @@ def test_a_mistake_is_refused_in_a_sentence(folder, monkeypatch, case):
 def test_a_folder_that_cannot_speak_is_refused(folder, tmp_path, monkeypatch):
     long = refused(monkeypatch, sample, folder, "--prompt", "a" * 65)
     assert long == "the prompt has 65 tokens, the model 64 positions: give from 1 to 64 tokens"
-    assert "is not there" in refused(monkeypatch, sample, tmp_path / "none", "--prompt", "a")
+    assert "it has no config.json" in refused(monkeypatch, sample, tmp_path / "none", "--prompt", "a")
     checkpoint.save(LoopedTransformer(replace(SHAPE, vocab_size=100)), tmp_path / "small", text.byte_tokenizer())
     small = refused(monkeypatch, sample, tmp_path / "small", "--prompt", "a")
     assert "has a vocabulary of 100, the tokenizer one of 259" in small
