@@ -233,9 +233,7 @@ def split(config: DataConfig, tokenizer: Tokenizer, *, seed: int, world: int = 1
         n = min(256, math.ceil(len(train) / 20))
         train, val = [train[i] for i in order[n:]], [train[i] for i in order[:n]]
     if len(train) < world:
-        raise UserError(
-            f"{config.path} gives {len(train)} training rows for {world} processes: give more or --data.val"
-        )
+        raise UserError(f"{config.path} has {len(train)} training rows for {world} processes: give more or --data.val")
     return train, val, notes
 
 

@@ -279,7 +279,7 @@ RANGES = """--model.width 65 | --model.width 65 is not divisible by --model.head
 --data.val none.jsonl | --data.val none.jsonl came without --data.path
 --data.tokenizer bytes | --data.tokenizer bytes came without --data.path: give that too
 --data.tokenizer none.json --data.path text.txt | none.json is not a tokenizer (No such file
---data.path text.txt | text.txt gives 0 training rows for 1 processes: give more or --data.val
+--data.path text.txt | text.txt has 0 training rows for 1 processes: give more or --data.val
 --data.path text.txt --data.val text.txt --data.chat --data.tokenizer plain.json | the tokenizer has none of (
 --init none | none is not a checkpoint folder: it has no config.json (to download one: hf download
 --init text.txt | text.txt is not a checkpoint folder: it has no config.json"""

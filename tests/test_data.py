@@ -314,5 +314,5 @@ def test_data_flags_out_of_range_are_refused_when_a_configuration_is_made(flags,
 
 def test_every_process_needs_a_row_of_those_that_are_not_held_out(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
-    with pytest.raises(UserError, match=r"gives 1 training rows for 2 processes: give more or --data.val"):
+    with pytest.raises(UserError, match=r"has 1 training rows for 2 processes: give more or --data.val"):
         data.split(DataConfig(path=path), text.byte_tokenizer(), seed=0, world=2)
