@@ -6,7 +6,7 @@ python -m lab.bench rpt                              a LoopRPT step beside a nai
 python -m lab.bench gpu --out results/gpu.json       all of it on a GPU, in pieces of at most eight minutes
 """
 
-import os
+import itertools
 import subprocess
 import sys
 import time
@@ -18,7 +18,6 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from einops import rearrange, repeat
-from rich.progress import Progress
 from torch import Tensor, nn
 
 import data
@@ -54,14 +53,6 @@ def random_model(shape: Shape, device: torch.device, dtype: torch.dtype = torch.
     nn.init.normal_(net.early_exit_gate.weight, std=1.5 * c.width**-0.5, generator=gate)
     nn.init.constant_(net.early_exit_gate.bias, -2.5)
     return net
-
-
-def told(rounds: int, forms):
-    """Each form in each round, 0 for warming up; a progress bar, on a terminal, says which, and when all will end."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        for turn, form in bar.track([(turn, form) for turn in range(1 + rounds) for form in forms]):
-            bar.update(bar.task_ids[0], description=f"round {turn} of {rounds}, {form}")
-            yield turn, form
 
 
 @dataclass(frozen=True)
@@ -111,7 +102,7 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     prompts = torch.randint(net.config.vocab_size, size, generator=runtime.seeded("prompts")).tolist()
     how = {"max_tokens": config.tokens, "cache": config.cache, "temperature": 1.0, "batch": config.batch}
     runs = {threshold: [] for threshold in (*config.thresholds, 1.0)}
-    for _, threshold in told(config.rounds, runs):
+    for _, threshold in runtime.progress_bar([*itertools.product(range(1 + config.rounds), runs)], "decoding"):
         drafts = {"verify": config.verify} if config.verify and threshold < 1 else {}
         tokens, seconds = decoded(net, prompts, exit=sample.Exit("gate", threshold), **how, **drafts)
         runs[threshold].append((len(tokens) / seconds, fmean(token.loops for token in tokens)))
@@ -164,11 +155,10 @@ class SpeedConfig(Checked):
     shape: Shape = "small"  # of the random weights
     rows: Annotated[int | None, Range(1)] = None  # rows in a step, all at once (none: what suits the shape)
     length: Annotated[int | None, Range(2)] = None  # tokens in a row (none: what suits the shape)
-    rounds: Positive = 3  # alternating runs of each form; two more, before them, are not counted
+    rounds: Positive = 3  # alternating runs of each form; the first one more is not counted
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
     stage: Literal["rpt", "pretrain"] = "rpt"  # what is trained; pretrain has one form
-    forms: tuple[Literal["naive", "paper", "exact", "dense"], ...] = tuple(FORMS)  # of the LoopRPT step
-    compile: bool = True  # time the other forms with torch.compile too
+    compile: bool = True  # time the forms with torch.compile too, but for the naive one
     recompute: bool = False  # compute each layer's activations again in the backward pass, as --train.recompute
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
     out: Path | None = None  # where to write the result as JSON
@@ -201,20 +191,6 @@ def naive_step(student, teacher, batch: data.Batch, cfg: looprpt.RPTConfig, gene
     return (cfg.pg_weight * pg + cfg.rep_weight * rep + cfg.ent_weight * ent + cfg.kl_weight * kl).mean()
 
 
-def peak_bytes(step, standing: int, device: torch.device) -> int:
-    """Most memory in a step: what a GPU says, or on a CPU what stands before it and the tensors that it makes."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes to standard error
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
-        step()
-    events = sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    sizes = (event.nbytes() for event in events if event.name() == "[memory]")
-    return standing + torch.tensor([0, *sizes]).cumsum(0).max().item()
-
-
 def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> None:
     """A training step, backward pass, optimiser and teacher included, in several forms: LoopRPT's beside a naive one.
     Naive and paper draw exits in 8 rollouts, exact takes the expectation in one, dense is without noise and trained on
@@ -225,18 +201,19 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
     rows, length = config.rows or usual[0], config.length or usual[1]
     net, is_rpt = random_model(config.shape, device), config.stage == "rpt"
     teacher = random_model(config.shape, device).requires_grad_(False) if is_rpt else None  # the same weights
-    standing = 4 * (3 + is_rpt) * sum(p.numel() for p in net.parameters())  # weights, two moments, the teacher's
     optimizer = make_optimizer(net, 0.0, 0.0)  # a learning rate of 0: all forms meet the same weights
     net.recompute = config.recompute
     ids = torch.randint(net.config.vocab_size, (rows, length + 1), generator=runtime.seeded("rows")).tolist()
     batch = data.trim_and_move(data.collate([data.Row(row, 1) for row in ids]), device)
-    forms = {form: FORMS[form] for form in config.forms} if is_rpt else {"pretrain": looprpt.PretrainConfig()}
+    forms = dict(FORMS) if is_rpt else {"pretrain": looprpt.PretrainConfig()}
     if config.compile:
         forms |= {f"{form}, compiled": cfg for form, cfg in forms.items() if form != "naive"}
 
-    def step(form: str) -> float:
+    def step(form: str) -> tuple[float, float | None]:  # seconds; GiB at the peak, of a GPU
         for layer in (*net.layers, *(teacher.layers if is_rpt else ())):
             layer.compiled = form.endswith("compiled")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         cfg, noise = forms[form], runtime.seeded("noise", device=device)
         counts, _ = looprpt.count_tokens(batch, getattr(cfg, "rho", 1.0), device)
@@ -254,34 +231,32 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
         if is_rpt:
             looprpt.ema_update(teacher, net, looprpt.RPTConfig.ema_decay)
         net.norm.weight[0].item()  # waits for a GPU
-        return time.perf_counter() - start
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+        return time.perf_counter() - start, peak
 
-    peaks, times = {}, {form: [] for form in forms}
-    for turn, form in told(config.rounds, forms):
-        try:
-            if turn == 0:
-                step(form)
-                peaks[form] = peak_bytes(lambda form=form: step(form), standing, device)
-            elif form in peaks:
-                times[form].append(step(form))
-        except torch.OutOfMemoryError:
-            optimizer.zero_grad()
-            peaks.pop(form, None)
-    first, peak, results = next(iter(peaks), None), runtime.vendor_flops(device), []
+    runs = {form: [] for form in forms}
+    for turn, form in runtime.progress_bar([*itertools.product(range(1 + config.rounds), forms)], "training"):
+        if len(runs[form]) == turn:  # it has fitted into the memory so far
+            try:
+                runs[form].append(step(form))
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad()
+    fitting = {form: run[1:] for form, run in runs.items() if len(run) > config.rounds}
+    first, peak, results = next(iter(fitting.values()), None), runtime.vendor_flops(device), []
     precision, made_by = runtime.matmul_dtype(device, config.precision), runtime.provenance(device)
     how = {"rows": rows, "length": length, "bf16": precision == "bf16", "recompute": config.recompute}
     for form, cfg in forms.items():
         row = {"form": form, "error": "out of memory"}
-        if form in peaks:
-            seconds, pairs = median(times[form]), zip(times[form], times[first], strict=True)
-            row = {"form": form, "tokens_per_s": rows * length / seconds, "speedup": median(b / a for a, b in pairs)}
-            row |= {"peak_gib": peaks[form] / 2**30, "memory": peaks[form] / peaks[first]}
+        if form in fitting:
+            seconds, memory = median(time for time, _ in fitting[form]), fitting[form][-1][1]
+            speedup = median(its / mine for (mine, _), (its, _) in zip(fitting[form], first, strict=True))
+            row = {"form": form, "tokens_per_s": rows * length / seconds, "speedup": speedup, "peak_gib": memory}
             row["mfu"] = runtime.step_flops(config.stage, net.config, cfg, batch) / seconds / peak if peak else None
         plan = sum(sizes.step_memory(config.stage, net.config, cfg, **how).values())
         results.append(row | {"plan_gib": None if form == "naive" else plan / 2**30})
     title = f"{config.stage}, {config.shape}, {rows} rows of {length}, {precision}, {made_by['device']}"
     title += ", recomputed" * config.recompute
-    runtime.print_table(title, ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU"), map(speed_cells, results))
+    runtime.print_table(title, ("", "tokens/s", "speed-up", "peak GiB", "MFU"), map(speed_cells, results))
     if config.out:
         run = {"bench": config.stage, "shape": config.shape, "precision": precision, "threads": torch.get_num_threads()}
         checkpoint.write_json(config.out, {"runs": [run | how | {"forms": results} | made_by]})
@@ -290,8 +265,9 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
 def speed_cells(row: dict) -> list[str]:
     if "error" in row:
         return [row["form"], row["error"]]
-    speeds = f"{row['tokens_per_s']:,.0f}", f"{row['speedup']:.2f}", f"{row['peak_gib']:.2f}", f"{row['memory']:.2f}"
-    return [row["form"], *speeds, "–" if row["mfu"] is None else f"{100 * row['mfu']:.0f} %"]
+    numbers = row["tokens_per_s"], row["speedup"], row["peak_gib"], row["mfu"] and 100 * row["mfu"]
+    formats = "{:,.0f}", "{:.2f}", "{:.2f}", "{:.0f} %"
+    return [row["form"], *("–" if x is None else form.format(x) for x, form in zip(numbers, formats, strict=True))]
 
 
 # The first hour on a GPU: commands, each in a process of its own, so that none meets what another left in memory
@@ -299,7 +275,7 @@ def speed_cells(row: dict) -> list[str]:
 STEP = "-m lab.bench rpt --device {device} --out {new} --shape"
 DECODE = "-m lab.bench decode --device {device} --out {new} --shape ouro-1.4b --rounds 2 --thresholds 0.3 0.7"
 PIECES = {"tests": "-m pytest -q --device {device} -m device"}
-PIECES |= {"rpt": f"{STEP} ouro-1.4b --forms paper exact dense --recompute", "rpt-medium": f"{STEP} medium"}
+PIECES |= {"rpt": f"{STEP} ouro-1.4b --recompute", "rpt-medium": f"{STEP} medium"}
 for n in (1, 2, 4):
     PIECES[f"pretrain-{n}"] = f"{STEP} ouro-1.4b --stage pretrain --rows {n}"
     PIECES[f"pretrain-{n}-recomputed"] = PIECES[f"pretrain-{n}"] + " --recompute"

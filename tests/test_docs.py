@@ -147,7 +147,7 @@ def test_the_docs_tables_of_generation_are_those_of_the_results():
 
 
 def speeds_markdown(runs: list[dict]) -> str:
-    heads = ("", "tokens/s", "speed-up", "peak GiB", "of first", "MFU")
+    heads = ("", "tokens/s", "speed-up", "peak GiB", "MFU")
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     labels = study.LABELS | {"plain": "naive"}
     for run in (r for r in runs if r["bench"] != "eval"):  # of an older version, like pretrain and the name plain
