@@ -238,33 +238,28 @@ Files = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(help="wh
 Bucket = Annotated[str, tyro.conf.arg(help="all, easy, medium or hard")]
 
 
-def load_study(paths: Sequence[Path], bucket: str, curves: bool) -> tuple[dict[str, list[dict]], dict]:
+def load_study(paths: Sequence[Path], bucket: str) -> tuple[dict[str, list[dict]], dict]:
     """Each variant's runs (what a result file holds, and the scores in a bucket), and the differences between variants.
-    Raises UserError for files that are not of one study, not of the same seeds, or lack curves that are needed."""
+    Raises UserError for a file without curves in the bucket, and for files of several studies or other seeds."""
     results, differences, tracks = defaultdict(list), {}, set()
-    remedy = "give the files of one folder, results/demo/*.json"
     for path in paths:
         content = checkpoint.read_json(path) if path.is_file() else {}
-        if "track" not in content or not content.keys() & {"variant", "against"}:
-            raise UserError(f"{path} is no result file of `python -m lab.study run`: {remedy}")
-        tracks.add(content["track"])
-        if "against" in content:
+        tracks.add(content.get("track"))
+        scores = content.get("buckets", {}).get(bucket, {})
+        if "curves" in scores:
+            results[content["variant"]].append(content | scores)
+        elif "against" in content:
             differences = content["against"].get(bucket, {})
-            continue
-        if bucket not in content["buckets"]:
-            raise UserError(f"{path} has no bucket {bucket}: it has {', '.join(content['buckets'])}")
-        scores = content["buckets"][bucket]
-        if curves and not (scores["tokens"] and scores.get("curves")):
-            raise UserError(f"{path} has no curves in --bucket {bucket}: give all, easy, medium or hard, with tokens")
-        results[content["variant"]].append(content | scores)
-    if not results or len(tracks) > 1:
-        problem = f"the files are of {' and '.join(sorted(tracks))}" if results else "no run's file was given"
-        raise UserError(f"{problem}: {remedy}")
+        else:
+            problem = f"{path} is no result file of `python -m lab.study run` with curves in --bucket {bucket}"
+            raise UserError(f"{problem}: give results/demo/*.json, and all, easy, medium or hard")
     seeds = {name: sorted(run["seed"] for run in each) for name, each in results.items()}
-    first, usual = next(iter(seeds.items()))
-    for name, given in seeds.items():
-        if given != sorted({*usual}):
-            raise UserError(f"{name} has the seeds {given}, {first} has {usual}: give one file for each seed of each")
+    every = sorted({seed for some in seeds.values() for seed in some})
+    odd = [name for name, some in seeds.items() if some != every]
+    if len(tracks) != 1 or odd or not results:
+        found = f"of {' and '.join(sorted(tracks)) or 'no track'} with the seeds {every}"
+        problem = f"the files are {found}, and not one for each: {', '.join(odd) or 'no run'}"
+        raise UserError(f"{problem}: give those of one folder, results/demo/*.json")
     return {name: results[name] for name in dict.fromkeys([*VARIANTS, *results]) if name in results}, differences
 
 
@@ -275,13 +270,10 @@ def select(names: Sequence[str], among: Collection[str], option: str) -> list[st
     return [*(names or among)]
 
 
-def mean_std(values: Sequence[float | None], digits: int, scale: float = 1) -> str:
+def mean_std(values: Sequence[float], digits: int, sign: str = "") -> str:
     """Mean and standard deviation over the seeds."""
-    if None in values:
-        return "–"
-    values = [scale * x for x in values]
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
 
 
 def table(
@@ -292,46 +284,36 @@ def table(
 ) -> None:
     """A study as Markdown: accuracy in % after each loop and at exit threshold 0.5, average loops, mean accuracy under
     the curve, and how far LoopRPT (dense) is ahead at its own average loops (95 % interval); means over the seeds."""
-    results, differences = load_study(files, bucket, curves=bool(at_loops))
+    results, differences = load_study(files, bucket)
     results = {name: results[name] for name in select(only, results, "--only")}
-    heads, *rows = loops_table(results, at_loops) if at_loops else study_table(results, differences)
-    print(f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *(f"| {' | '.join(row)} |" for row in rows), sep="\n")
-    first, every = next(iter(results.values())), [run for each in results.values() for run in each]
-    seeds, tokens = ", ".join(str(run["seed"]) for run in first), " / ".join(f"{run['tokens']:,}" for run in first)
-    made = [run["trained"] for run in every], every
-    trained, scored = (", ".join(sorted({x["commit"][:7] for x in xs if x["commit"]})) or "unknown" for xs in made)
-    print(f"\nSeeds {seeds}; {tokens} tokens ({bucket}); trained at commit {trained}, scored at {scored}.")
-
-
-def study_table(results: dict[str, list[dict]], differences: dict) -> list[list[str]]:
-    """Heads, and a row for each variant."""
-    loops = [f"loop {i + 1}" for i in range(len(next(iter(results.values()))[0]["by_loop"]))]
-    rows = [["", *loops, "threshold 0.5", "average loops", "area", f"{LABELS['dense']} ahead by"]]
+    first, rows = next(iter(results.values())), []
+    loops = len(first[0]["by_loop"])
+    if wrong := [x for x in at_loops if not 1 <= x <= loops]:
+        raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {loops} loops")
     for name, each in results.items():
-        average_loops, accuracy = zip(*map(at_threshold_half, each), strict=True)
-        by_loop = zip(*(run["by_loop"] for run in each), strict=True)
-        row = [LABELS.get(name, name), *(mean_std(values, 1, 100) for values in (*by_loop, accuracy))]
-        row.append(mean_std(average_loops, 2))
+        cells = [table_cells(run, at_loops) for run in each]
+        row = {"": LABELS.get(name, name)}
+        row |= {head: mean_std([x[head] for x in cells], 2 if head == "average loops" else 1) for head in cells[0]}
         lead, cell = differences.get(f"dense - {name}", {}), "" if name == "dense" else "–"
         if lead.get("seeds") == sorted(run["seed"] for run in each):
-            _, low, high = lead["matched gate"]
-            sign = "+" if sum(lead["each"]) >= 0 else ""
-            cell = f"{sign}{mean_std(lead['each'], 2, 100)} [{100 * low:+.2f}, {100 * high:+.2f}]"
-        rows.append([*row, mean_std([run.get("area", {}).get("gate") for run in each], 1, 100), cell])
-    return rows
+            (_, low, high), ahead = ([100 * x for x in lead[key]] for key in ("matched gate", "each"))
+            cell = f"{mean_std(ahead, 2, '+')} [{low:+.2f}, {high:+.2f}]"
+        rows.append(row if at_loops else row | {f"{LABELS['dense']} ahead by": cell})
+    lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
+    print(lines[0], f"|{'---|' * len(rows[0])}", *lines[1:], sep="\n")
+    seeds, tokens = ", ".join(str(run["seed"]) for run in first), " / ".join(f"{run['tokens']:,}" for run in first)
+    print(f"\nSeeds {seeds}; {tokens} tokens ({bucket}).")
 
 
-def loops_table(results: dict[str, list[dict]], at_loops: Sequence[float]) -> list[list[str]]:
-    """Heads, and a row for each variant; each seed's curve of the gate is read on straight lines."""
-    most = max(loops for loops, _ in next(iter(results.values()))[0]["curves"]["gate"])
-    if wrong := [x for x in at_loops if not 1 <= x <= most]:
-        raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {most:g} loops")
-    rows = [["", *(f"at {x:g}" for x in at_loops)]]
-    for name, each in results.items():
-        loops, accuracy = torch.tensor([run["curves"]["gate"] for run in each]).unbind(-1)  # seeds K
-        at = [eval.interpolate(torch.full((len(loops),), x), loops, accuracy).tolist() for x in at_loops]
-        rows.append([LABELS.get(name, name), *(mean_std(values, 1, 100) for values in at)])
-    return rows
+def table_cells(run: dict, at_loops: Sequence[float]) -> dict[str, float]:
+    """What a table says of one run, by column, accuracy in %; the gate's curve is read on straight lines."""
+    if at_loops:
+        curve = torch.tensor(run["curves"]["gate"]).expand(len(at_loops), -1, -1).unbind(-1)
+        at = eval.interpolate(torch.tensor(at_loops), *curve).tolist()
+        return {f"at {x:g}": 100 * accuracy for x, accuracy in zip(at_loops, at, strict=True)}
+    average_loops, accuracy = at_threshold_half(run)
+    cells = {f"loop {i}": 100 * x for i, x in enumerate(run["by_loop"], 1)} | {"threshold 0.5": 100 * accuracy}
+    return cells | {"average loops": average_loops, "area": 100 * run["area"]["gate"]}
 
 
 # Of lines: colours that the colour-blind tell apart, markers that differ in print
@@ -341,11 +323,9 @@ STYLES |= {"dense": "#D55E00 *-"}
 
 def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> None:
     """A picture of a study, means over the seeds: accuracy over average loops, whole and around threshold 0.5."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"pictures need matplotlib ({error}): pip install -r requirements.txt") from error
-    results = {name: each for name, each in load_study(files, bucket, curves=True)[0].items() if name in STYLES}
+    from matplotlib.figure import Figure
+
+    results = {name: each for name, each in load_study(files, bucket)[0].items() if name in STYLES}
     if not results:
         raise UserError(f"nothing to draw: it takes runs of {', '.join(STYLES)}")
     runtime.make_folder(out)

@@ -218,33 +218,23 @@ def test_differences_are_of_all_seeds_that_both_have_whatever_the_last_call_was_
 
 def test_a_table_takes_the_same_seeds_of_every_variant(done, monkeypatch):
     some = [path for path in files(done[1]) if path.name != "dense-1.json"]
-    assert "dense has the seeds [0], base has [0, 1]" in refused(monkeypatch, study, "table", *some)
+    message = refused(monkeypatch, study, "table", *some)
+    remedy = "give those of one folder, results/demo/*.json"
+    assert message == f"the files are of demo with the seeds [0, 1], and not one for each: dense: {remedy}"
     twice = refused(monkeypatch, study, "table", *files(done[1]), done[1] / "base-0.json")
-    assert twice.startswith("base has the seeds [0, 0, 1]")
+    assert "not one for each: base:" in twice
+    assert "with the seeds [], and not one for each: no run" in refused(
+        monkeypatch, study, "table", done[1] / "against.json"
+    )
     for command in ("table", "plot"):
         message = refused(monkeypatch, study, command, *files(done[1]), "--bucket", "best")
-        assert "base-0.json has no bucket best: it has all, easy" in message
+        assert "base-0.json is no result file of `python -m lab.study run` with curves in --bucket best" in message
 
 
 def test_a_table_takes_the_files_of_one_track(done, monkeypatch):
     for other in ("base-0.json", "against.json"):
         message = refused(monkeypatch, study, "table", *files(done[1]), ROOT / "results" / "text" / other)
-        assert message == "the files are of demo and text: give the files of one folder, results/demo/*.json"
-
-
-def test_a_bucket_without_tokens_is_no_end_of_a_study(done, tmp_path, monkeypatch, capsys):
-    for path in files(done[1]):
-        found = json.loads(path.read_text())
-        if "buckets" in found:
-            scores = found["buckets"]["all"]
-            empty = {"tokens": 0, "by_loop": [None] * 3, "ce": [None] * 3, "sweep": [dict(scores["sweep"][4])]}
-            empty["sweep"][0] |= {"accuracy": None, "loops": None}
-            found["buckets"]["hard"] = empty
-        (tmp_path / path.name).write_text(json.dumps(found))
-    call(monkeypatch, study, "table", *files(tmp_path), "--bucket", "hard")
-    assert "| base | – | – | – | – | – | – |" in capsys.readouterr().out
-    message = refused(monkeypatch, study, "plot", *files(tmp_path), "--bucket", "hard", "--out", tmp_path / "assets")
-    assert "has no curves in --bucket hard" in message
+        assert message.startswith("the files are of demo and text with the seeds [0, 1], and not one for each: ")
 
 
 @pytest.mark.parametrize(("track", "trained", "reported"), [("text", "gsm8k_train", "gsm8k_test_1019"),
@@ -359,7 +349,7 @@ def test_a_table_of_accuracy_at_numbers_of_loops(done, monkeypatch, capsys):
     for column, loop in ((1, 0), (2, 2)):  # a curve begins and ends with all tokens at one loop
         a, b = (100 * part["by_loop"][loop] for part in parts)
         assert lines[3][column] == f"{(a + b) / 2:.1f} ± {abs(a - b) / 2**0.5:.1f}"
-    assert f"Seeds 0, 1; {parts[0]['tokens']:,} / {parts[1]['tokens']:,} tokens (all); trained at" in out
+    assert f"Seeds 0, 1; {parts[0]['tokens']:,} / {parts[1]['tokens']:,} tokens (all)." in out
 
 
 def test_each_seeds_curve_is_read_for_itself(done, monkeypatch, capsys, tmp_path):
@@ -378,10 +368,10 @@ def test_what_has_no_curves_is_refused_in_words(done, monkeypatch, tmp_path):
         if path.name == "dense-1.json":
             del found["buckets"]["all"]["curves"]
         (tmp_path / path.name).write_text(json.dumps(found))
-    for args in (["table", *files(tmp_path), "--at-loops", 2], ["plot", *files(tmp_path), "--out", tmp_path / "a"]):
-        assert "dense-1.json has no curves in --bucket all" in refused(monkeypatch, study, *args)
-        message = refused(monkeypatch, study, *args, "--bucket", "depth_1")
-        assert "base-0.json has no curves in --bucket depth_1: give all, easy, medium or hard" in message
+    for args in (["table", *files(tmp_path)], ["plot", *files(tmp_path), "--out", tmp_path / "a"]):
+        message = refused(monkeypatch, study, *args)
+        assert "dense-1.json is no result file" in message
+        assert message.endswith("with curves in --bucket all: give results/demo/*.json, and all, easy, medium or hard")
 
 
 def test_a_picture_holds_a_curve_for_each_variant(done, monkeypatch, tmp_path):
@@ -429,7 +419,7 @@ def test_a_picture_is_written(monkeypatch, tmp_path):
         (["run", "--only", "best"], "--only best: unknown, there are base"),
         (["table", *DEMO, "--only", "best"], "--only best: unknown, there are base, dense"),
         (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),
-        (["table"], "no run's file was given: give the files of one folder"),
+        (["table"], "the files are of no track with the seeds [], and not one for each: no run: give"),
         (["table", "results/bench.json"], "no result file of `python -m lab.study run`"),
         (["plot", "nowhere.json"], "nowhere.json is no result file"),
         (["plot", "results/demo/no-kl-0.json"], "nothing to draw: it takes runs of base"),
