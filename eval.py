@@ -226,22 +226,18 @@ def at_threshold_half(scores: dict) -> tuple[float, float]:
 def print_results(comparison: dict) -> None:
     """Print accuracy by loop and at exit threshold 0.5: of all tokens, then by operand or difficulty."""
     models = {name: model["buckets"] for name, model in comparison["models"].items()}
-    depths = [bucket for bucket in next(iter(models.values())) if bucket.startswith("depth_")]
-    by, loops = "operand" if depths else "difficulty", max(len(m["all"]["by_loop"]) for m in models.values())
-    heads = ["model", "tokens", *(f"loop {i + 1}" for i in range(loops)), "exit 0.5", "loops"]
-
-    def row(name: str, bucket: str) -> list[str]:
-        summary = models[name][bucket]
-        by_loop, (mean_loops, accuracy) = summary["by_loop"], at_threshold_half(summary)
-        accuracies = [*by_loop, *[None] * (loops - len(by_loop)), accuracy]
-        percents = ["–" if a is None else f"{100 * a:.1f}" for a in accuracies]
-        return [name, f"{summary['tokens']:,}", *percents, "–" if mean_loops is None else f"{mean_loops:.2f}"]
-
-    print_table("accuracy in %, held-out tokens", heads, [row(name, "all") for name in models])
-    rows = []
-    for bucket in depths or DIFFICULTY:
-        rows += [[bucket.removeprefix("depth_"), *row(name, bucket)] for name in models] + [[]]
-    print_table(f"accuracy in %, by {by}", [by, *heads], rows, left=2)
+    first, rows, loops = next(iter(models.values())), [], max(len(m["all"]["by_loop"]) for m in models.values())
+    named = [bucket for bucket in first if bucket.startswith("depth_")] or [*DIFFICULTY]
+    for bucket in (bucket for bucket in ("all", *named) if first[bucket]["tokens"]):
+        for name, summary in ((name, buckets[bucket]) for name, buckets in models.items()):
+            mean_loops, accuracy = at_threshold_half(summary)
+            accuracies = [*summary["by_loop"], *[None] * (loops - len(summary["by_loop"])), accuracy]
+            percents = ["–" if a is None else f"{100 * a:.1f}" for a in accuracies]
+            label = bucket.replace("depth_", "operand ")
+            rows.append([label, name, f"{summary['tokens']:,}", *percents, f"{mean_loops:.2f}"])
+        rows.append([])
+    heads = ["", "model", "tokens", *(f"loop {i + 1}" for i in range(loops)), "exit 0.5", "loops"]
+    print_table("accuracy in %, held-out tokens", heads, rows, left=2)
 
 
 def compare_folders(config: EvalConfig, folders: dict[str, Path], rows: Rows, device: torch.device) -> dict[str, float]:

@@ -40,10 +40,9 @@ def step_memory(
     c, n, tokens, is_rpt = c.resolved(), count_parameters(c), rows * length, stage == "rpt"
     # What a layer keeps of a token in one loop: counted once, and again by a test
     heads, kv_heads = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    if bf16:
-        kept = 38 * c.width + 8 * c.ffn + 6 * heads + 4 * kv_heads + 4 * c.heads + 16
-    else:
-        kept = 40 * c.width + 16 * c.ffn + 12 * heads + 8 * kv_heads + 4 * c.heads + 16
+    sizes = (c.width, c.ffn, heads, kv_heads)
+    numbers = (38, 8, 6, 4) if bf16 else (40, 16, 12, 8)  # bytes of each
+    kept = sum(size * number for size, number in zip(sizes, numbers, strict=True)) + 4 * c.heads + 16
     state, inside = 4 * tokens * c.width, tokens * kept
     rollouts = cfg.rollouts * max(0, c.loops - 2) if is_rpt and cfg.has_noise else 0
     gate_only = stage == "gate" or (is_rpt and cfg.gate_only)
@@ -135,20 +134,16 @@ def require_memory(config, shape: ModelConfig, rows, device: torch.device, done:
     now["bf16"] = matmul_dtype(device, config.precision) == "bf16"
     now["shards"] = processes.count_shards(config.dist, n, device)
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a machine's memory is shared
-    free, least = free_memory(device) / sharing / GIB, {"rows": 1, "recompute": True}
+    free = free_memory(device) / sharing / GIB
 
     def gib(stage: Stage, **change) -> float:
         return MARGIN * sum(step_memory(stage, shape, getattr(config, stage), **now | change).values()) / GIB
 
     for stage in config.objective:
-        if stage in done or gib(stage) <= free:
-            continue
-        problem = f"{stage} of {n:,} parameters, {at_once} x {length} tokens at once, needs {gib(stage):.1f} GiB of"
-        problem += f" memory, and {free:.1f} are free on {device.type}"
-        flags, smallest = "--train.micro-batch 1 --train.recompute on", gib(stage, **least)
-        if smallest <= free:
-            raise UserError(f"{problem}: give {flags}")
-        ways = ["shorter rows (--data.length)"] if rows and gib(stage, **least, length=64) <= free else []
-        ways += ["more GPUs (torchrun --nproc-per-node, --dist fsdp)"] if device.type == "cuda" else []
-        ways = " or ".join([*ways, "a larger machine"])
-        raise UserError(f"{problem}, {smallest:.1f} with {flags}: give {ways}")
+        if stage not in done and gib(stage) > free:
+            problem = f"{stage} of {n:,} parameters, {at_once} x {length} tokens at once, needs {gib(stage):.1f} GiB of"
+            problem += f" memory, and {free:.1f} are free on {device.type}"
+            smallest, flags = gib(stage, rows=1, recompute=True), "--train.micro-batch 1 --train.recompute on"
+            ways = "shorter rows (--data.length), more GPUs (torchrun --nproc-per-node, --dist fsdp) or more memory"
+            way = flags if smallest <= free else f"{ways}, for with {flags} it needs {smallest:.1f}"
+            raise UserError(f"{problem}: give {way}")
