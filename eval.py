@@ -233,8 +233,7 @@ def print_results(comparison: dict) -> None:
             mean_loops, accuracy = at_threshold_half(summary)
             accuracies = [*summary["by_loop"], *[None] * (loops - len(summary["by_loop"])), accuracy]
             percents = ["–" if a is None else f"{100 * a:.1f}" for a in accuracies]
-            label = bucket.replace("depth_", "operand ")
-            rows.append([label, name, f"{summary['tokens']:,}", *percents, f"{mean_loops:.2f}"])
+            rows.append([bucket, name, f"{summary['tokens']:,}", *percents, f"{mean_loops:.2f}"])
         rows.append([])
     heads = ["", "model", "tokens", *(f"loop {i + 1}" for i in range(loops)), "exit 0.5", "loops"]
     print_table("accuracy in %, held-out tokens", heads, rows, left=2)

@@ -39,7 +39,6 @@ SHAPES = {
     "ouro-2.6b": ModelConfig(layers=48, **OURO),
 }
 Shape = Literal["demo", "small", "medium", "ouro-1.4b", "ouro-2.6b"]
-ROWS = {"demo": (128, 11), "small": (2, 256), "medium": (4, 512), "ouro-1.4b": (1, 4096), "ouro-2.6b": (1, 4096)}
 PAPER, DENSE = looprpt.RECIPES["paper"], looprpt.RECIPES["dense"]
 FORMS = {"naive": PAPER, "paper": PAPER, "exact": replace(PAPER, estimator="exact", rollouts=1), "dense": DENSE}
 
@@ -85,7 +84,7 @@ def decoded(net: LoopedTransformer, prompts: list[list[int]], **how) -> tuple[li
 
 
 def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
-    """Tokens per second at each exit threshold beside full depth; the runs alternate, medians are shown.
+    """Tokens per second at each exit threshold beside full depth (1); the runs alternate, medians are shown.
     Ideal is L / average loops: a loop that isn't run costs nothing, and all else is free. Prompts are not counted."""
     config.check()
     runtime.require_new(config.out)
@@ -94,7 +93,6 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
         net, _ = sample.load_with_tokenizer(config.folder, device, config.dtype)
     else:
         net = random_model(config.shape, device, runtime.DTYPES[runtime.matmul_dtype(device, config.dtype)])
-    depth = net.config.loops
     if config.prompt_tokens + config.tokens > (most := net.config.max_positions):
         problem = f"--prompt-tokens {config.prompt_tokens} and --tokens {config.tokens}"
         raise UserError(f"{problem} are more than the model's {most} positions: give less")
@@ -103,20 +101,19 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     how = {"max_tokens": config.tokens, "cache": config.cache, "temperature": 1.0, "batch": config.batch}
     runs = {threshold: [] for threshold in (*config.thresholds, 1.0)}
     for _, threshold in runtime.progress_bar([*itertools.product(range(1 + config.rounds), runs)], "decoding"):
-        drafts = {"verify": config.verify} if config.verify and threshold < 1 else {}
-        tokens, seconds = decoded(net, prompts, exit=sample.Exit("gate", threshold), **how, **drafts)
+        exit, verify = sample.Exit("gate", threshold), config.verify if threshold < 1 else 0
+        tokens, seconds = decoded(net, prompts, exit=exit, verify=verify, **how)
         runs[threshold].append((len(tokens) / seconds, fmean(token.loops for token in tokens)))
-    rows, cells = [], []
+    rows = []
     for threshold, run in runs.items():
         speed, loops = map(median, zip(*run[1:], strict=True))
         speedup = median(mine / full for (mine, _), (full, _) in zip(run[1:], runs[1.0][1:], strict=True))
-        numbers = {"loops": loops, "speedup": speedup, "ideal": depth / loops, "of_ideal": speedup * loops / depth}
-        rows.append({"threshold": threshold, "tokens_per_s": speed} | numbers)
-        label = "all loops" if threshold == 1 else str(threshold)
-        cells.append([label, f"{speed:.1f}", *(f"{x:.2f}" for x in numbers.values())])
+        row = {"threshold": threshold, "tokens_per_s": speed, "loops": loops, "speedup": speedup}
+        rows.append(row | {"ideal": net.config.loops / loops, "of_ideal": speedup * loops / net.config.loops})
+    cells = ([f"{x:.2f}" for x in row.values()] for row in rows)
     name = str(config.folder or config.shape)
     title = f"decoding, {name}, batch {config.batch}, cache '{config.cache}', verify {config.verify}"
-    runtime.print_table(title, ("threshold", "tokens/s", "loops", "speed-up", "ideal", "of ideal"), cells)
+    runtime.print_table(title, ("threshold", "tokens/s", "loops", "speed-up", "ideal", "of ideal"), cells, left=0)
     if config.out:
         result = {"decode": name, "batch": config.batch, "cache": config.cache, "verify": config.verify}
         result |= {"dtype": str(net.norm.weight.dtype), "rows": rows}
@@ -153,8 +150,8 @@ def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
 @dataclass(frozen=True)
 class SpeedConfig(Checked):
     shape: Shape = "small"  # of the random weights
-    rows: Annotated[int | None, Range(1)] = None  # rows in a step, all at once (none: what suits the shape)
-    length: Annotated[int | None, Range(2)] = None  # tokens in a row (none: what suits the shape)
+    rows: Positive = 2  # rows in a step, all at once
+    length: AtLeastTwo = 256  # tokens in a row
     rounds: Positive = 3  # alternating runs of each form; the first one more is not counted
     precision: Precision = "auto"  # of the matrix products (auto: bf16 on a GPU, fp32 on a CPU)
     stage: Literal["rpt", "pretrain"] = "rpt"  # what is trained; pretrain has one form
@@ -197,8 +194,7 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
     all tokens. MFU counts the operations that our form needs, also for the naive one; the plan is that of `plan`."""
     config.check()
     runtime.require_new(config.out)
-    device, usual = runtime.pick_device(config.device), ROWS[config.shape]
-    rows, length = config.rows or usual[0], config.length or usual[1]
+    device, rows, length = runtime.pick_device(config.device), config.rows, config.length
     net, is_rpt = random_model(config.shape, device), config.stage == "rpt"
     teacher = random_model(config.shape, device).requires_grad_(False) if is_rpt else None  # the same weights
     optimizer = make_optimizer(net, 0.0, 0.0)  # a learning rate of 0: all forms meet the same weights
@@ -254,8 +250,7 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
             row["mfu"] = runtime.step_flops(config.stage, net.config, cfg, batch) / seconds / peak if peak else None
         plan = sum(sizes.step_memory(config.stage, net.config, cfg, **how).values())
         results.append(row | {"plan_gib": None if form == "naive" else plan / 2**30})
-    title = f"{config.stage}, {config.shape}, {rows} rows of {length}, {precision}, {made_by['device']}"
-    title += ", recomputed" * config.recompute
+    title = f"{config.stage}, {config.shape}, {rows} rows of {length}, {precision}{', recomputed' * config.recompute}"
     runtime.print_table(title, ("", "tokens/s", "speed-up", "peak GiB", "MFU"), map(speed_cells, results))
     if config.out:
         run = {"bench": config.stage, "shape": config.shape, "precision": precision, "threads": torch.get_num_threads()}
@@ -275,23 +270,22 @@ def speed_cells(row: dict) -> list[str]:
 STEP = "-m lab.bench rpt --device {device} --out {new} --shape"
 DECODE = "-m lab.bench decode --device {device} --out {new} --shape ouro-1.4b --rounds 2 --thresholds 0.3 0.7"
 PIECES = {"tests": "-m pytest -q --device {device} -m device"}
-PIECES |= {"rpt": f"{STEP} ouro-1.4b --recompute", "rpt-medium": f"{STEP} medium"}
+PIECES |= {"rpt": f"{STEP} ouro-1.4b --rows 1 --length 4096 --recompute"}
+PIECES |= {"rpt-medium": f"{STEP} medium --rows 4 --length 512"}
 for n in (1, 2, 4):
-    PIECES[f"pretrain-{n}"] = f"{STEP} ouro-1.4b --stage pretrain --rows {n}"
+    PIECES[f"pretrain-{n}"] = f"{STEP} ouro-1.4b --rows {n} --length 4096 --stage pretrain"
     PIECES[f"pretrain-{n}-recomputed"] = PIECES[f"pretrain-{n}"] + " --recompute"
 for n, tokens in (1, 64), (8, 32), (32, 16):
     PIECES[f"decode-{n}"] = f"{DECODE} --batch {n} --tokens {tokens}"
     PIECES[f"decode-{n}-verify"] = PIECES[f"decode-{n}"] + " --verify 4"
 PIECES["study"] = "-m lab.study run --track text --device {device} --texts {texts} --out {name}.runs --results {name}"
 PIECES["study"] += " --only next-token stage-1 paper dense"
-TINY = {"-q": "tests/test_golden.py -k hard", "rpt": "--shape demo --rows 2 --length 8 --rounds 1 --no-compile"}
-TINY |= {"decode": "--shape demo --rounds 1 --tokens 2 --thresholds 0.5", "run": "--track demo --seeds 1 --only dense"}
 
 
-def gpu(out: Path, only: tuple[str, ...] = (), tiny: bool = False, texts=study.StudyConfig.texts, device: str = "auto"):
+def gpu(out: Path, only: tuple[str, ...] = (), texts=study.StudyConfig.texts, device: str = "auto"):
     """Every benchmark, the tests on the device, and the study as far as it comes, in pieces of at most eight minutes.
     Each is written to --out once it is there. The same command goes on with the others, and with --only it tries again
-    what ended in an error. With --tiny all is as small as can be, for a CPU; --texts is as in lab.study."""
+    what ended in an error. --texts is as in lab.study."""
     limit = ["timeout", "--foreground", "-k", "60", "480"]  # seconds until it is told to end; the study saves
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     names, device = study.select(only, PIECES, "--only"), str(runtime.pick_device(device))
@@ -301,7 +295,6 @@ def gpu(out: Path, only: tuple[str, ...] = (), tiny: bool = False, texts=study.S
         new = out.with_name(f"{out.stem}.{name}.json")
         places = {"new": new, "name": out.with_suffix(""), "texts": texts, "device": device}
         args = [part.format(**places) for part in PIECES[name].split()]
-        args += TINY[args[2]].split() if tiny else []
         console.print(name, "python", *args, soft_wrap=True)
         start, ended = time.perf_counter(), subprocess.run([*limit, sys.executable, *args], check=False, **how)
         status, last = ended.returncode, ended.stdout.strip().rpartition("\n")[2]

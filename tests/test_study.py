@@ -220,12 +220,10 @@ def test_a_table_takes_the_same_seeds_of_every_variant(done, monkeypatch):
     some = [path for path in files(done[1]) if path.name != "dense-1.json"]
     message = refused(monkeypatch, study, "table", *some)
     remedy = "give those of one folder, results/demo/*.json"
-    assert message == f"the files are of demo with the seeds [0, 1], and not one for each: dense: {remedy}"
+    assert message == f"the files are of demo, not one for each of the seeds [0, 1] (dense): {remedy}"
     twice = refused(monkeypatch, study, "table", *files(done[1]), done[1] / "base-0.json")
-    assert "not one for each: base:" in twice
-    assert "with the seeds [], and not one for each: no run" in refused(
-        monkeypatch, study, "table", done[1] / "against.json"
-    )
+    assert "[0, 1] (base): " in twice
+    assert "of the seeds [] (no run): " in refused(monkeypatch, study, "table", done[1] / "against.json")
     for command in ("table", "plot"):
         message = refused(monkeypatch, study, command, *files(done[1]), "--bucket", "best")
         assert "base-0.json is no result file of `python -m lab.study run` with curves in --bucket best" in message
@@ -234,7 +232,7 @@ def test_a_table_takes_the_same_seeds_of_every_variant(done, monkeypatch):
 def test_a_table_takes_the_files_of_one_track(done, monkeypatch):
     for other in ("base-0.json", "against.json"):
         message = refused(monkeypatch, study, "table", *files(done[1]), ROOT / "results" / "text" / other)
-        assert message.startswith("the files are of demo and text with the seeds [0, 1], and not one for each: ")
+        assert message.startswith("the files are of demo and text, not one for each of the seeds [0, 1]")
 
 
 @pytest.mark.parametrize(("track", "trained", "reported"), [("text", "gsm8k_train", "gsm8k_test_1019"),
@@ -419,7 +417,7 @@ def test_a_picture_is_written(monkeypatch, tmp_path):
         (["run", "--only", "best"], "--only best: unknown, there are base"),
         (["table", *DEMO, "--only", "best"], "--only best: unknown, there are base, dense"),
         (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),
-        (["table"], "the files are of no track with the seeds [], and not one for each: no run: give"),
+        (["table"], "the files are of no track, not one for each of the seeds [] (no run): give"),
         (["table", "results/bench.json"], "no result file of `python -m lab.study run`"),
         (["plot", "nowhere.json"], "nowhere.json is no result file"),
         (["plot", "results/demo/no-kl-0.json"], "nothing to draw: it takes runs of base"),
