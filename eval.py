@@ -190,7 +190,6 @@ def compare(pairs: list[tuple[Tally, Tally]]) -> dict:
         (loops, accuracy), (b_loops, b_accuracy) = ([x[:, half] for x in t.curve("gate")] for t in (a, b))
         difference = {f"by_loop {i + 1}": x for i, x in enumerate((a.by_loop() - b.by_loop()).T)}  # accuracy
         difference |= {"at_half": accuracy - b_accuracy, "loops_at_half": loops - b_loops}  # gates at threshold 0.5
-        difference["peak"] = accuracy - b.by_loop()[:, -1]  # the second after all loops
         # The second on the curve of each of its exit rules, at the first's number of loops
         difference |= {f"matched {rule}": accuracy - interpolate(loops, *b.curve(rule)) for rule in EXIT_RULES}
         differences.append(difference)
@@ -211,10 +210,9 @@ def interpolate(x: Tensor, loops: Tensor, accuracy: Tensor) -> Tensor:
 def results(scores: dict[str, Scores], *, device: torch.device, seed: int) -> dict:
     """What results.json holds. The buckets are those of the first model."""
     sets = buckets(next(iter(scores.values())))
-    models = {
-        name: {"buckets": {bucket: summarize(s, tokens) for bucket, tokens in sets.items()}}
-        for name, s in scores.items()
-    }
+    models = {}
+    for name, s in scores.items():
+        models[name] = {"buckets": {bucket: summarize(s, tokens) for bucket, tokens in sets.items()}}
     return {"models": models} | runtime.provenance(device) | {"seed": seed}
 
 

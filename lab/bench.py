@@ -126,17 +126,16 @@ class PlanConfig(Checked):
     gpus: Annotated[tuple[int, ...], Range(1, 1024)] = (1, 2, 4, 8, 16, 64, 256, 1024)  # a row of the table for each
     per_machine: Positive = 8  # GPUs that share one copy of the model, at most (1: each has its own)
     objective: Stage = "rpt"  # what is trained
-    recompute: bool = True  # compute each layer's activations again in the backward pass, as --train.recompute
     rows: Positive = 1  # rows of a forward pass of one GPU, as --train.micro-batch
     length: Positive = 4096  # tokens in a row
     recipe: Literal["paper", "dense"] = "paper"  # of LoopRPT
 
 
 def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
-    """Computed, not measured: GiB on each GPU at the peak of a step without torch.compile."""
+    """Computed, not measured: GiB on each GPU at the peak of a step with --train.recompute on, not compiled."""
     config.check()
     c, cfg, cells = SHAPES[config.shape].resolved(), looprpt.RECIPES[config.recipe], []
-    how = {"rows": config.rows, "length": config.length, "bf16": True, "recompute": config.recompute}
+    how = {"rows": config.rows, "length": config.length, "bf16": True, "recompute": True}
     for gpus in config.gpus:
         bytes_of = sizes.step_memory(config.objective, c, cfg, shards=min(gpus, config.per_machine), **how)
         gib = (size / 2**30 for size in (*bytes_of.values(), sum(bytes_of.values())))

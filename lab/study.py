@@ -257,9 +257,7 @@ def load_study(paths: Sequence[Path], bucket: str) -> tuple[dict[str, list[dict]
     every = sorted({seed for some in seeds.values() for seed in some})
     odd = [name for name, some in seeds.items() if some != every]
     if len(tracks) != 1 or odd or not results:
-        problem = (
-            f"the files are of {' and '.join(sorted(tracks)) or 'no track'}, not one for each of the seeds {every}"
-        )
+        problem = f"the files are of {' and '.join(sorted(tracks)) or 'nothing'}, not one for each of the seeds {every}"
         raise UserError(f"{problem} ({', '.join(odd) or 'no run'}): give those of one folder, results/demo/*.json")
     return {name: results[name] for name in dict.fromkeys([*VARIANTS, *results]) if name in results}, differences
 
@@ -340,7 +338,6 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
             loops, accuracy = torch.tensor([run["curves"]["gate"] for run in each]).mean(0).T
             ax.plot(*marked, line, color=color, markersize=10)
             ax.plot(loops, 100 * accuracy, line, color=color, markersize=3, label=LABELS.get(name, name))
-        ax.spines[["top", "right"]].set_visible(False)
         ax.grid(visible=True, alpha=0.3)
     (x0, y0), (x1, y1) = half.amin((0, 1)).tolist(), half.amax((0, 1)).tolist()
     axes[1].set(xlim=(x0 - 0.2, x1 + 0.2), ylim=(y0 - 0.5, y1 + 0.5))

@@ -120,7 +120,7 @@ def test_intervals_come_from_drawing_documents(scores):
     same = compare([(a, a)], rounds=50)
     assert same.pop("each") == [pytest.approx(0, abs=1e-12)]
     for name, (middle, low, high) in same.items():
-        if name not in ("peak", "matched confidence"):
+        if name != "matched confidence":
             assert middle == low == high == pytest.approx(0, abs=1e-12), name
 
 

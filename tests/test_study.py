@@ -417,7 +417,7 @@ def test_a_picture_is_written(monkeypatch, tmp_path):
         (["run", "--only", "best"], "--only best: unknown, there are base"),
         (["table", *DEMO, "--only", "best"], "--only best: unknown, there are base, dense"),
         (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),
-        (["table"], "the files are of no track, not one for each of the seeds [] (no run): give"),
+        (["table"], "the files are of nothing, not one for each of the seeds [] (no run): give"),
         (["table", "results/bench.json"], "no result file of `python -m lab.study run`"),
         (["plot", "nowhere.json"], "nowhere.json is no result file"),
         (["plot", "results/demo/no-kl-0.json"], "nothing to draw: it takes runs of base"),
