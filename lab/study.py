@@ -191,8 +191,7 @@ def train_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> bo
         if stop:
             child.terminate()
     if child.returncode and not stop:
-        problem = f"training {name}, seed {seed}, ended with exit status {child.returncode}"
-        raise UserError(f"{problem}: mend what looprpt.py says above, then the same command goes on")
+        raise UserError(f"{asked.folder} ended with exit status {child.returncode}: mend what is said above, and go on")
     return trained.exists() and not stop
 
 

@@ -117,9 +117,8 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free, group = [math.inf], Path("/sys/fs/cgroup")
-    with suppress(OSError, TypeError):
+    with suppress(OSError, ValueError, TypeError):  # what is not there, or "max", says nothing
         free.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]))
-    with suppress(OSError, ValueError, TypeError):  # there is none, or "max"
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
         kept = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)  # makes room
         free.append(limit - used + int(kept[1]))

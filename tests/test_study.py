@@ -188,7 +188,7 @@ def test_a_run_that_fails_ends_the_study_in_a_sentence(tmp_path, monkeypatch, ca
     script.write_text("import sys; sys.exit('error: no room')")
     monkeypatch.setattr(looprpt, "__file__", str(script))
     message = refused(monkeypatch, study, *arguments((tmp_path / "runs", tmp_path / "results")))
-    assert message.startswith("training base, seed 0, ended with exit status 1: mend what looprpt.py says above")
+    assert message.endswith("base ended with exit status 1: mend what is said above, and go on")
     assert "error: no room" in capfd.readouterr().err
 
 
