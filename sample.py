@@ -126,8 +126,8 @@ def generate(
     most, weight, loops = net.config.max_positions, net.embed_tokens.weight, loops or net.config.loops
     if wrong := [n for n in map(len, prompts) if not 1 <= n <= most]:
         raise UserError(f"the prompt has {wrong[0]} tokens, the model {most} positions: give from 1 to {most} tokens")
-    if verify and (given or cache != "copy"):
-        raise UserError(f"verify {verify} drafts its own text with all loops' keys and values: no given, cache 'copy'")
+    if verify < 0 or (verify and (given or cache != "copy")):
+        raise UserError(f"verify {verify}: give 0 or more drafts, without `given` and with --cache copy")
     limits = [min(max_tokens, len(tokens)) for tokens in given] if given else [max_tokens] * len(prompts)
     length = min(max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), most)
     size, kept_loops = min(batch or len(prompts), len(prompts)), 1 if cache == "last" else loops
@@ -191,7 +191,8 @@ def generate(
         slots, ran, positions = map(list, zip(*((s.slot, s.loops_run, s.position) for s in running), strict=True))
         if verify:
             how = {"loops": loops, "reached": partial(exit.reached, net), "spread": spread}
-            how |= {"drafts": verify, "numbers": partial(numbers, [*streams])}
+            left = max(min(limits[s.prompt] - len(s.tokens), most - s.position) for s in streams)
+            how |= {"drafts": min(verify, left), "numbers": partial(numbers, [*streams])}
             found = draft_and_verify(net, kv_cache, state[slots], slots, positions, **how)
             for s, tokens in zip([*streams], found, strict=True):
                 for token in tokens:
@@ -235,7 +236,7 @@ class GenerationFlags(Checked):
     exit: str | None = None  # another rule: confidence:0.9 leaves when a token is that probable, loop:2 after two loops
     loops: Annotated[int | None, Range(1, MAX_LOOPS)] = None  # the most loops for a token (none: the checkpoint's)
     cache: CacheRule = "copy"  # deeper loops of a token that left: a copy of its last; the last only; or all loops run
-    verify: NonNegative = 0  # tokens drafted by the exit, then checked: text of full depth, sooner (0: exits are final)
+    verify: NonNegative = 0  # tokens that --exit drafts and full depth checks: its text, sooner (0: exits are final)
     chat: bool = False  # prompts as ChatML: each is a user's turn
     system: str | None = None  # a system's turn before it; implies --chat
     thinking: bool = False  # open the answer with <think>, as for Ouro's Thinking models; implies --chat
@@ -250,7 +251,7 @@ class GenerationFlags(Checked):
     def check(self) -> None:
         super().check()
         if self.verify and self.cache != "copy":
-            raise UserError(f"--verify {self.verify} needs all loops' keys and values: leave --cache {self.cache} out")
+            raise UserError(f"--verify {self.verify} has a cache of its own: leave --cache {self.cache} out")
 
     def exit_rule(self, default: float) -> Exit:
         """From --exit RULE:THRESHOLD or --exit-threshold; by default the gate's, with this threshold."""
@@ -264,7 +265,7 @@ class GenerationFlags(Checked):
                 return Exit(rule, float(threshold))
             if rule == "loop" and 1 <= int(threshold) <= MAX_LOOPS:
                 return Exit(rule, int(threshold))
-        problem = f"--exit {self.exit} is not RULE:THRESHOLD (0 to 1), or loop:NUMBER"
+        problem = f"--exit {self.exit} is not RULE:THRESHOLD (0 to 1), or loop:1 to loop:{MAX_LOOPS}"
         raise UserError(f"{problem}: give gate:0.9, confidence:0.9 or loop:2")
 
 
@@ -343,7 +344,7 @@ def main() -> None:
     if data.is_chain(tokenizer):
         if config.json or config.chat:
             raise UserError(f"{config.folder} has no text, only chain arithmetic: leave --json and the chat flags out")
-        return show_chain(net, tokenizer, config, exit, console)
+        return show_chain(net, tokenizer, config, Exit() if config.verify else exit, console)
     prompts, stops = encode_prompts(tokenizer, config.prompt, config), stop_ids(net, tokenizer)
     shown, tokens, start = [Text() for _ in prompts], [[] for _ in prompts], time.perf_counter()
     said = [THINK * config.thinking for _ in prompts]

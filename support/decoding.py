@@ -37,7 +37,7 @@ def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: Ints, loops
     state = net.embed_tokens(ids)
     for loop in range(loops):
         places = torch.tensor([rows, [min(loop, cache.loops - 1)] * len(rows), [0] * len(rows)], device=ids.device)
-        state = run_pass(net, state, cache, places, ids.shape[1], None, None)
+        state = run_pass(net, state, cache, places, 0, None, None)
     return state
 
 
@@ -62,13 +62,13 @@ def gather_rows_on(device: torch.device) -> bool:
 def run_pass(net, state: Tensor, cache: Cache, places: Tensor, length: int, same: int | None, listed: list | None):
     """One loop of R rows, each at its own loop and position; the cache keeps the tokens.    R T D, 3 R -> R T D
     places  number, loop and first position of each row; `listed` is the same, to attend row by row
-    length  places of the cache that are read; as many as tokens: these are prompts, from position 0 on
+    length  places of the cache that are read; 0: these are prompts, which begin at position 0 and read themselves
     same    the loop, if all rows of the cache are at it: nothing is copied"""
     (row, loop, start), tokens = places, state.shape[1]
     position = (start[:, None] + torch.arange(tokens, device=start.device)).clamp(max=cache.nowhere)  # R T
     deeper = torch.arange(cache.loops, device=start.device).maximum(loop[:, None])[:, :, None]  # R L 1
     at = deeper, row[:, None, None], slice(None), position[:, None]  # R L T K C
-    is_prompt, is_level = tokens == length, tokens == 1 and listed is not None and {*listed[2]} == {length - 1}
+    is_prompt, is_level = length == 0, tokens == 1 and listed is not None and {*listed[2]} == {length - 1}
     mask = None  # all tokens see all places
     if not is_prompt and not is_level:
         mask = torch.arange(length, device=start.device) <= position[:, None, :, None]  # R 1 T S
@@ -105,7 +105,7 @@ def replay(net, state: Tensor, cache: Cache, places: list[Ints], length: int, sa
         with torch.cuda.stream(stream):
             record()  # once before: libraries set themselves up
         torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.device(device), torch.cuda.graph(graph):
+        with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
             output = record()
         cache.recorded[key] = graph, inputs, output
     graph, inputs, output = cache.recorded[key]

@@ -124,7 +124,9 @@ def test_golden_step_of_a_recipe(golden, step, monkeypatch, same_noise, device, 
         output.loss.backward()
         slow.backward()
         for (name, p), q in zip(student.named_parameters(), slow_student.named_parameters(), strict=True):
-            assert_close(p.grad.cpu(), q[1].grad, rtol=1e-7, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+            assert_close(
+                p.grad.cpu(), q[1].grad, rtol=1e3 * near, atol=10 * near, msg=lambda m, name=name: f"{name}: {m}"
+            )
             if ours is cfg:
                 expected = tensors[f"grad.{checkpoint.ouro_name(name)}"].double()
                 assert (q[1].grad - expected).norm() <= 1e-4 * expected.norm().clamp(min=1e-12), name

@@ -397,6 +397,20 @@ def test_verified_drafts_are_the_text_of_full_depth(net, copying, exit, verify):
         assert {t.loops for t in found} > {loops} or exit.threshold == 1, "some drafts are right"
 
 
+@pytest.mark.parametrize("verify", [6, 7, 8, 9, 500])
+def test_drafts_may_be_as_many_as_the_cache_has_places_and_run_none_that_is_not_asked_for(net, monkeypatch, verify):
+    prompts, most = [[0], [3]], []
+    full = collect(generate(net, prompts, max_tokens=7), 2)
+    monkeypatch.setattr(decoding, "decode", lambda *args: most.append(args[1].shape[1]) or decode(*args))
+    assert full == [
+        [(token, 4) for token, _ in row]
+        for row in collect(generate(net, prompts, max_tokens=7, verify=verify, exit=Exit("loop", 1)), 2)
+    ]
+    assert max(most) == 6
+    with pytest.raises(UserError, match="give 0 or more drafts"):
+        next(generate(net, prompts, max_tokens=7, verify=-1))
+
+
 def test_a_draft_runs_the_loops_of_full_depth_and_no_more(net, monkeypatch):
     """Every token runs each loop once, those after a wrong draft excepted; passes are fewer than loops."""
     ran, passes = [], []
@@ -769,13 +783,13 @@ def test_chain_arithmetic_is_answered_at_each_operand(tmp_path, monkeypatch, cap
 
 REFUSALS = """--prompt a --exit-threshold 1.5 | --exit-threshold 1.5 is out of its range: give a number from 0 to 1
 --prompt a --exit-threshold nan | --exit-threshold nan is out of its range
---prompt a --exit confidence:-0.1 | --exit confidence:-0.1 is not RULE:THRESHOLD (0 to 1), or loop:NUMBER: give gate:0.9
+--prompt a --exit confidence:-0.1 | --exit confidence:-0.1 is not RULE:THRESHOLD (0 to 1), or loop:1 to loop:64
 --prompt a --exit gate:nan | --exit gate:nan is not RULE:THRESHOLD (0 to 1)
---prompt a --exit surprise:0.5 | --exit surprise:0.5 is not RULE:THRESHOLD (0 to 1), or loop:NUMBER: give gate:0.9
+--prompt a --exit surprise:0.5 | --exit surprise:0.5 is not RULE:THRESHOLD (0 to 1), or loop:1 to loop:64: give
 --prompt a --exit loop:0 | --exit loop:0 is not RULE:THRESHOLD
 --prompt a --exit loop:1.5 | --exit loop:1.5 is not RULE:THRESHOLD
 --prompt a --verify -1 | --verify -1 is out of its range
---prompt a --verify 2 --cache last | --verify 2 needs all loops' keys and values: leave --cache last out
+--prompt a --verify 2 --cache last | --verify 2 has a cache of its own: leave --cache last out
 --prompt a --exit confidence | --exit confidence is not RULE:THRESHOLD
 --prompt a --exit= | --exit  is not RULE:THRESHOLD
 --prompt a --exit gate:0.5 --exit-threshold 0.5 | --exit gate:0.5 and --exit-threshold 0.5 are two rules
