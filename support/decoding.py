@@ -37,7 +37,7 @@ def prefill(net: LoopedTransformer, ids: Tensor, cache: Cache, rows: Ints, loops
     state = net.embed_tokens(ids)
     for loop in range(loops):
         places = torch.tensor([rows, [min(loop, cache.loops - 1)] * len(rows), [0] * len(rows)], device=ids.device)
-        state = run_pass(net, state, cache, places, 0, None, None)
+        state = run_pass(net, state, cache, places, 0)
     return state
 
 
@@ -45,13 +45,18 @@ def decode(net: LoopedTransformer, state: Tensor, cache: Cache, rows: Ints, loop
     """One loop more for the T newest tokens of each of these rows of the cache.    R T D -> R T D
     loops      that they have run, each row its own
     positions  of each row's first one"""
-    tokens, places = state.shape[1], [rows, [min(loop, cache.loops - 1) for loop in loops], positions]
-    same = places[1][0] if len({*places[1]}) == 1 and rows == [*range(cache.rows)] else None
-    length = min(max(positions) + tokens, cache.nowhere)
+    loops, length = [min(loop, cache.loops - 1) for loop in loops], min(max(positions) + state.shape[1], cache.nowhere)
+    same, is_level = loops[0] if len({*loops}) == 1 else None, state.shape[1] == 1 and len({*positions}) == 1
+    places = [[b, 0, cache.nowhere] for b in range(cache.rows)]  # rows that are not asked for write nowhere
+    for place in zip(rows, loops, positions, strict=True):
+        places[place[0]] = place
     if state.is_cuda:
-        return replay(net, state, cache, places, length, same)
-    listed = None if gather_rows_on(state.device) else places
-    return run_pass(net, state, cache, torch.tensor(places, device=state.device), length, same, listed)
+        return replay(net, state, cache, rows, torch.tensor(places).T, length, same)
+    if (same is None or 2 * len(rows) <= cache.rows) and not gather_rows_on(state.device):
+        asked = torch.tensor([rows, loops, positions])
+        return run_pass(net, state, cache, asked, length, listed=asked.T.tolist())
+    every = state.new_zeros(cache.rows, *state.shape[1:]).index_copy(0, torch.tensor(rows), state)
+    return run_pass(net, every, cache, torch.tensor(places).T, length, same, is_level)[rows]
 
 
 def gather_rows_on(device: torch.device) -> bool:
@@ -59,27 +64,24 @@ def gather_rows_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def run_pass(net, state: Tensor, cache: Cache, places: Tensor, length: int, same: int | None, listed: list | None):
+def run_pass(net, state, cache: Cache, places: Tensor, length: int, same=None, is_level=False, listed=()) -> Tensor:
     """One loop of R rows, each at its own loop and position; the cache keeps the tokens.    R T D, 3 R -> R T D
-    places  number, loop and first position of each row; `listed` is the same, to attend row by row
+    places  number, loop and first position of each row; `listed` is the same, row by row, to attend so
     length  places of the cache that are read; 0: these are prompts, which begin at position 0 and read themselves
-    same    the loop, if all rows of the cache are at it: nothing is copied"""
+    same    the loop, if all rows of the cache are at it: nothing is copied; `is_level`: at the same place, too"""
     (row, loop, start), tokens = places, state.shape[1]
     position = (start[:, None] + torch.arange(tokens, device=start.device)).clamp(max=cache.nowhere)  # R T
     deeper = torch.arange(cache.loops, device=start.device).maximum(loop[:, None])[:, :, None]  # R L 1
-    at = deeper, row[:, None, None], slice(None), position[:, None]  # R L T K C
-    is_prompt, is_level = length == 0, tokens == 1 and listed is not None and {*listed[2]} == {length - 1}
-    mask = None  # all tokens see all places
+    where = deeper, row[:, None, None], slice(None), position[:, None]  # R L T K C
+    is_prompt, mask = length == 0, None  # all tokens see all places
     if not is_prompt and not is_level:
         mask = torch.arange(length, device=start.device) <= position[:, None, :, None]  # R 1 T S
-    seen = []  # by each row alone
-    for b, at_loop, first in zip(*listed, strict=True) if listed else ():
-        seen.append((at_loop, slice(b, b + 1), slice(None), slice(min(first + tokens, length))))
+    seen = [(at, slice(b, b + 1), slice(None), slice(min(first + tokens, length))) for b, at, first in listed]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]  # L B K S C
         for kept, new in (keys, k), (values, v):
-            kept[at] = rearrange(new, "r k t c -> r 1 t k c")
+            kept[where] = rearrange(new, "r k t c -> r 1 t k c")
         if is_prompt:
             return cache.attention(q, k, v, is_causal=True)
         if same is not None:
@@ -93,13 +95,13 @@ def run_pass(net, state: Tensor, cache: Cache, places: Tensor, length: int, same
     return net.loop(state, *(x[:, None] for x in net.rotary(position)), attend)
 
 
-def replay(net, state: Tensor, cache: Cache, places: list[Ints], length: int, same: int | None) -> Tensor:
-    """`run_pass` of all rows of the cache, recorded once for each shape; rows that are not asked for write nowhere."""
+def replay(net, state: Tensor, cache: Cache, rows: Ints, places: Tensor, length: int, same: int | None) -> Tensor:
+    """`run_pass` of all rows of the cache, recorded once for each shape.    R T D, 3 B -> R T D"""
     length, device = min(LEAST << ((length - 1) // LEAST).bit_length(), cache.nowhere), state.device
     if (key := (state.shape[1], length, same)) not in cache.recorded:
         idle = torch.tensor([[b, 0, cache.nowhere] for b in range(cache.rows)], device=device).T.contiguous()
         inputs = state.new_zeros(cache.rows, *state.shape[1:]), idle
-        record = partial(run_pass, net, inputs[0], cache, idle, length, same, None)
+        record = partial(run_pass, net, inputs[0], cache, idle, length, same)
         stream, graph = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -109,12 +111,9 @@ def replay(net, state: Tensor, cache: Cache, places: list[Ints], length: int, sa
             output = record()
         cache.recorded[key] = graph, inputs, output
     graph, inputs, output = cache.recorded[key]
-    now = [[b, 0, cache.nowhere] for b in range(cache.rows)]
-    for place in zip(*places, strict=True):
-        now[place[0]] = place
-    chosen = to_device(torch.tensor(places[0]), device)
+    chosen = to_device(torch.tensor(rows), device)
     inputs[0][chosen] = state
-    inputs[1].copy_(to_device(torch.tensor(now).T, device))
+    inputs[1].copy_(to_device(places, device))
     graph.replay()
     return output[chosen]
 
