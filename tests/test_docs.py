@@ -90,15 +90,13 @@ def test_the_docs_have_what_their_table_commands_print(monkeypatch, capsys):
         assert capsys.readouterr().out.strip() in TEXT, args
 
 
-def test_the_readme_table_of_five_rows_is_that_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    ahead = json.loads((ROOT / "results" / "text" / "against.json").read_text())["against"]["hard"]
+@pytest.mark.parametrize("track", ["text", "shift"])
+def test_the_readme_table_of_five_rows_is_that_of_the_results(track):
+    readme, results = (ROOT / "README.md").read_text(), ROOT / "results" / track
+    ahead = json.loads((results / "against.json").read_text())["against"]["hard"]
     labels = study.LABELS | {"next-token": "next-token training", "stage-1": "continued Stage I"}
     for name in ("base", "next-token", "stage-1", "paper", "dense"):
-        buckets = [
-            json.loads((ROOT / "results" / "text" / f"{name}-{seed}.json").read_text())["buckets"]["hard"]
-            for seed in range(3)
-        ]
+        buckets = [json.loads((results / f"{name}-{seed}.json").read_text())["buckets"]["hard"] for seed in range(3)]
         loops, accuracy = zip(*map(study.at_threshold_half, buckets), strict=True)
         cells = [[100 * b["by_loop"][-1] for b in buckets], [100 * a for a in accuracy]]
         row = [labels.get(name, name), *(study.mean_std(values, 1) for values in cells), study.mean_std([*loops], 2)]
