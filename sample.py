@@ -32,7 +32,7 @@ from support.ranges import Checked, NonNegative, NonNegativeFloat, Positive, Pos
 from support.runtime import DTYPES, Precision, UserError, pick_device, run_cli, seeded
 
 CacheRule = Literal["copy", "last", "full"]
-APART = 1.17  # at least what a pass takes of rows at different loops, beside one of rows at the same loop
+APART = 1.25  # at least what a pass takes of rows at different loops, beside one of rows at the same loop
 
 
 class Exit(NamedTuple):
