@@ -189,8 +189,8 @@ def generate(
         slots, ran, positions = map(list, zip(*((s.slot, s.loops_run, s.position) for s in running), strict=True))
         if verify:
             how = {"loops": loops, "reached": partial(exit.reached, net), "spread": spread}
-            left = max(min(limits[s.prompt] - len(s.tokens), most - s.position) for s in streams)
-            how |= {"drafts": min(verify, left), "numbers": partial(numbers, [*streams])}
+            room = max(min(limits[s.prompt] - len(s.tokens), most - s.position) for s in streams)
+            how |= {"drafts": min(verify, room), "numbers": partial(numbers, [*streams])}
             found = draft_and_verify(net, kv_cache, state[slots], slots, positions, **how)
             for s, tokens in zip([*streams], found, strict=True):
                 for token in tokens:

@@ -108,6 +108,8 @@ def damage_of(state: Path) -> str | None:
     """What is wrong with a saved state; None if nothing is. An error of the disk is not the state's: it is raised."""
     try:
         info = checkpoint.read_json(state / "state.json")
+        if f"{info['stage']}-{info['step']:06}" != state.name or "student/config.json" not in info["sha256"]:
+            return "its state.json is another's"
         wrong = [name for name, digest in info["sha256"].items() if checksum(state / name) != digest]
     except (FileNotFoundError, UserError, KeyError, TypeError, AttributeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
@@ -241,8 +243,9 @@ def open_run(folder: Path, config, student: LoopedTransformer, world: int, chose
     own = config.init / "tokenizer.json" if config.init and config.data.tokenizer == "auto" else config.data.tokenizer
     files = {"path": config.data.path or "", "val": config.data.val or "", "tokenizer": own}
     record |= {"sha256": {name: checksum(x) for name, x in files.items() if os.path.isfile(x)}, "starts": []}
-    for leftover in (*folder.glob(".*.*.tmp"), *folder.glob("state/.*.tmp")):  # of saves that were cut off
-        shutil.rmtree(leftover, ignore_errors=True)
+    for pattern in (*(f".{name}.*.tmp" for name in FOLDER.values()), "state/.*.tmp"):  # of saves that were cut off
+        for leftover in folder.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
     if config.resume and (folder / "run.json").exists():
         now, record = record["sha256"], record | checkpoint.read_json(folder / "run.json")
         for name in [name for name in now if now[name] != record["sha256"].get(name, now[name])]:

@@ -431,6 +431,22 @@ def test_too_many_bad_steps_in_a_row_stop_the_run_at_its_last_good_state(tmp_pat
     assert not (tmp_path / "out" / "state" / "rpt-000008").exists(), "a bad step's weights are not saved"
 
 
+def test_a_state_under_another_name_is_not_taken_and_nobody_elses_folder_is_removed(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    call(monkeypatch, out, "--objective", "pretrain", "--pretrain.steps", 8)
+    newest, before = states(out)
+    newest.rename(newest.with_name("pretrain-000009"))
+    assert runs.damage_of(out / "state" / "pretrain-000009") == "its state.json is another's"
+    assert runs.latest_state(out, "pretrain") == before
+    empty = json.loads((before / "state.json").read_text()) | {"sha256": {}}
+    (before / "state.json").write_text(json.dumps(empty))
+    assert runs.damage_of(before), "a state without files"
+    for name in (".mine.x.tmp", ".base.x.tmp"):
+        (tmp_path / "new" / name).mkdir(parents=True)
+    call(monkeypatch, tmp_path / "new", "--objective", "pretrain", "--pretrain.steps", 1)
+    assert [path.name for path in (tmp_path / "new").glob(".*.tmp")] == [".mine.x.tmp"]
+
+
 def test_a_stage_that_ends_in_bad_steps_is_no_success_when_resumed(tmp_path, monkeypatch):
     poison(monkeypatch, range(1, 1000))
     few = ["--rpt.steps", 5, "--train.max-bad-steps", 5]

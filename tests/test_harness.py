@@ -184,8 +184,20 @@ def ask(kind, *args):
 
 def adapter(net, folder, exit=Exit(), **how):  # noqa: B008
     pytest.importorskip("lm_eval")
-    config = harness.HarnessConfig(folder=folder / "a", tasks="t", cache="full", **how)
+    config = harness.HarnessConfig(folder=folder / "a", tasks="t", **{"cache": "full"} | how)
     return harness.harness_model(net, text.byte_tokenizer(), exit, config)
+
+
+def test_verified_drafts_score_and_say_what_full_depth_does(net, folder):
+    how, early = {"until": ["e"], "max_gen_toks": 12}, Exit("gate", 0.3)
+    asked = [(None, encode("What"), encode("not"))]
+    found = []
+    for exit, flags in ((Exit(), {}), (early, {"verify": 3}), (early, {})):
+        lm = adapter(net, folder, exit, **{"cache": "copy"} | flags)
+        lm.asked = ["t"]
+        scores = lm._loglikelihood_tokens(asked, disable_tqdm=True)
+        found.append((scores, lm.generate_until(ask("generate_until", ("What", how)), disable_tqdm=True)))
+    assert found[0] == found[1] != found[2]
 
 
 def test_greedy_means_that_every_token_is_the_likeliest(net, folder):
