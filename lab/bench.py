@@ -12,8 +12,9 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 from typing import Annotated, Literal
+from unittest import mock
 
 import torch
 import tyro
@@ -25,7 +26,7 @@ import looprpt
 import sample
 from lab import study
 from model import LoopedTransformer, ModelConfig, exit_logpdf
-from support import checkpoint, runtime, sizes
+from support import checkpoint, decoding, runtime, sizes
 from support.ranges import AtLeastTwo, Checked, NonNegative, Positive, Range, unchecked
 from support.runs import Stage, make_optimizer
 from support.runtime import Precision, UserError, console
@@ -59,10 +60,10 @@ class DecodeConfig(Checked):
     folder: Annotated[Path | None, tyro.conf.Positional] = None  # checkpoint folder (none: random weights)
     shape: Shape = "medium"  # of the random weights
     thresholds: Annotated[tuple[float, ...], Range(0, 1)] = (0.1, 0.3, 0.5, 0.7, 0.9)  # exit thresholds of the gate
-    batch: Positive = 1  # prompts side by side; above 1, four times as many take their turns
-    prompt_tokens: Positive = 64  # tokens of each prompt, drawn at random
+    batch: Positive = 1  # prompts side by side; when one ends, another one takes its place
+    prompt_tokens: Positive = 16  # tokens of each prompt, drawn at random
     tokens: AtLeastTwo = 64  # new tokens of each; the first one comes from the prompt
-    rounds: Positive = 3  # alternating runs of each threshold; the first one more is not counted
+    rounds: Positive = 3  # so many prompts in each place are counted, after a first one that isn't
     verify: NonNegative = 0  # tokens that the exits draft, to be checked at full depth together (0: none are)
     cache: sample.CacheRule = "copy"  # as in sample.py
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
@@ -70,22 +71,35 @@ class DecodeConfig(Checked):
     out: Path | None = None  # where to write the table as JSON
 
 
-def decoded(net: LoopedTransformer, prompts: list[list[int]], **how) -> tuple[list[sample.Token], float]:
-    """New tokens and the seconds they took, but for the first one of each prompt: what precedes it is the prefill."""
-    tokens, seconds, begun, last = [], 0.0, set(), 0.0
-    for token in sample.generate(net, prompts, **how):
-        now = time.perf_counter()
-        if token.row in begun:
-            tokens.append(token)
-            seconds += now - last
-        begun.add(token.row)
-        last = now
-    return tokens, seconds
+def race(net: LoopedTransformer, prompts: list[list[int]], runs: list[dict], *, skip: int, count: int, **how):
+    """Loops of a token on average and tokens per second of each run, by `count` tokens after the first `skip`. The runs
+    take turns, a token each, so that what else slows the machine down slows all of them. Prompts don't count, nor the
+    token that comes from each, and they never run out.    -> as many floats as runs, twice"""
+    in_prompts, seconds, loops = 0.0, [0.0] * len(runs), [0] * len(runs)
+
+    def prefill(*args) -> Tensor:
+        nonlocal in_prompts
+        start, state = time.perf_counter(), decoding.prefill(*args)
+        state[0, 0, 0].item()  # waits for a GPU
+        in_prompts += time.perf_counter() - start
+        return state
+
+    with mock.patch.object(sample, "prefill", prefill):
+        each = [(sample.generate(net, prompts, **how, **run), set()) for run in runs]
+        for n in runtime.progress_bar(range(skip + count), "decoding"):
+            for i, (tokens, begun) in enumerate(each):
+                start = time.perf_counter() - in_prompts
+                while (token := next(tokens)).row not in begun:
+                    begun.add(token.row)
+                if n >= skip:
+                    seconds[i] += time.perf_counter() - in_prompts - start
+                    loops[i] += token.loops
+    return [total / count for total in loops], [count / total for total in seconds]
 
 
 def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
-    """Tokens per second at each exit threshold beside full depth (1); the runs alternate, medians are shown.
-    Ideal is L / average loops: a loop that isn't run costs nothing, and all else is free. Prompts are not counted."""
+    """Tokens per second at each exit threshold beside full depth (1), while no row lacks a prompt.
+    Ideal is L / average loops: a loop that isn't run costs nothing, and all else is free."""
     config.check()
     runtime.require_new(config.out)
     device = runtime.pick_device(config.device)
@@ -96,20 +110,16 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     if config.prompt_tokens + config.tokens > (most := net.config.max_positions):
         problem = f"--prompt-tokens {config.prompt_tokens} and --tokens {config.tokens}"
         raise UserError(f"{problem} are more than the model's {most} positions: give less")
-    size = 4 * config.batch if config.batch > 1 else 1, config.prompt_tokens
+    size, each = ((config.rounds + 2) * config.batch, config.prompt_tokens), config.batch * (config.tokens - 1)
     prompts = torch.randint(net.config.vocab_size, size, generator=runtime.seeded("prompts")).tolist()
     how = {"max_tokens": config.tokens, "cache": config.cache, "temperature": 1.0, "batch": config.batch}
-    runs = {threshold: [] for threshold in (*config.thresholds, 1.0)}
-    for _, threshold in runtime.progress_bar([*itertools.product(range(1 + config.rounds), runs)], "decoding"):
-        exit, verify = sample.Exit("gate", threshold), config.verify if threshold < 1 else 0
-        tokens, seconds = decoded(net, prompts, exit=exit, verify=verify, **how)
-        runs[threshold].append((len(tokens) / seconds, fmean(token.loops for token in tokens)))
-    rows = []
-    for threshold, run in runs.items():
-        speed, loops = map(median, zip(*run[1:], strict=True))
-        speedup = median(mine / full for (mine, _), (full, _) in zip(run[1:], runs[1.0][1:], strict=True))
-        row = {"threshold": threshold, "tokens_per_s": speed, "loops": loops, "speedup": speedup}
-        rows.append(row | {"ideal": net.config.loops / loops, "of_ideal": speedup * loops / net.config.loops})
+    thresholds, most, rows = [*dict.fromkeys((*config.thresholds, 1.0))], net.config.loops, []
+    runs = [{"exit": sample.Exit("gate", x), "verify": config.verify if x < 1 else 0} for x in thresholds]
+    loops, speeds = race(net, prompts, runs, skip=each, count=config.rounds * each, **how)
+    full = speeds[thresholds.index(1)]
+    for threshold, mean, speed in zip(thresholds, loops, speeds, strict=True):
+        row = {"threshold": threshold, "tokens_per_s": speed, "loops": mean, "speedup": speed / full}
+        rows.append(row | {"ideal": most / mean, "of_ideal": row["speedup"] * mean / most})
     cells = ([f"{x:.2f}" for x in row.values()] for row in rows)
     name = str(config.folder or config.shape)
     title = f"decoding, {name}, batch {config.batch}, cache '{config.cache}', verify {config.verify}"

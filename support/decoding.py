@@ -64,6 +64,7 @@ def gather_rows_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@torch.no_grad()
 def run_pass(net, state, cache: Cache, places: Tensor, length: int, same=None, is_level=False, listed=()) -> Tensor:
     """One loop of R rows, each at its own loop and position; the cache keeps the tokens.    R T D, 3 R -> R T D
     places  number, loop and first position of each row; `listed` is the same, row by row, to attend so
@@ -76,21 +77,24 @@ def run_pass(net, state, cache: Cache, places: Tensor, length: int, same=None, i
     is_prompt, mask = length == 0, None  # all tokens see all places
     if not is_prompt and not is_level:
         mask = torch.arange(length, device=start.device) <= position[:, None, :, None]  # R 1 T S
-    seen = [(at, slice(b, b + 1), slice(None), slice(min(first + tokens, length))) for b, at, first in listed]
+    kept = [
+        [x[:, at, b : b + 1, :, : min(first + tokens, length)].unbind() for x in (cache.keys, cache.values)]
+        for b, at, first in listed
+    ]  # of each row, of each layer: 1 K S C
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = cache.keys[layer], cache.values[layer]  # L B K S C
-        for kept, new in (keys, k), (values, v):
-            kept[where] = rearrange(new, "r k t c -> r 1 t k c")
+        for all_rows, new in (keys, k), (values, v):
+            all_rows[where] = rearrange(new, "r k t c -> r 1 t k c")
         if is_prompt:
             return cache.attention(q, k, v, is_causal=True)
         if same is not None:
             return cache.attention(q, keys[same, :, :, :length], values[same, :, :, :length], mask)
-        if not seen:
+        if not kept:
             return cache.attention(q, keys[loop, row, :, :length], values[loop, row, :, :length], mask)
-        masks = [None if tokens == 1 else mask[i, ..., place[3]] for i, place in enumerate(seen)]
-        each = zip(q.split(1), seen, masks, strict=True)
-        return torch.cat([cache.attention(x, keys[place], values[place], mask) for x, place, mask in each])
+        masks = [None if tokens == 1 else mask[i, ..., : k[0].shape[2]] for i, (k, _) in enumerate(kept)]
+        each = zip(q.split(1), kept, masks, strict=True)
+        return torch.cat([cache.attention(x, k[layer], v[layer], mask) for x, (k, v), mask in each])
 
     return net.loop(state, *(x[:, None] for x in net.rotary(position)), attend)
 

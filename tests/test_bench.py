@@ -3,6 +3,7 @@
 import inspect
 import json
 import subprocess
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import looprpt
 import sample
 from lab import bench, study
 from model import LoopedTransformer, ModelConfig
-from support import checkpoint, runtime, sizes, text
+from support import checkpoint, decoding, runtime, sizes, text
 
 SHAPE = ModelConfig(layers=1, width=16, heads=2, vocab_size=259)
 
@@ -39,35 +40,33 @@ def test_decode_compares_each_threshold_with_all_loops(tmp_path, monkeypatch, ca
 
 
 def test_decode_measures_what_it_says(monkeypatch, capsys):
-    """With a clock that a loop moves on by a second, a prompt by a thousand, and the first run by a hundred a loop."""
+    """With a clock that a loop moves on by a second, in the first prompts by a hundred, and a prompt by a thousand."""
     monkeypatch.setitem(bench.SHAPES, "medium", SHAPE)
-    clock, runs, caches, decode, prefill, generate = [0.0], [0], [], sample.decode, sample.prefill, sample.generate
+    clock, passes, caches, decode, prefill = [0.0], Counter(), [], decoding.decode, decoding.prefill
 
     def timed_decode(*args):
-        clock[0] += 100 if runs[0] <= 2 else 1
+        passes[id(args[2])] += 1
+        clock[0] += 100 if passes[id(args[2])] <= 11 else 1
         return decode(*args)
 
     def timed_prefill(*args):
         clock[0] += 1000
+        caches.append(args[2])
         return prefill(*args)
 
-    def noted_generate(*args, **how):
-        runs[0] += 1
-        caches.append(how["cache"])
-        return generate(*args, **how)
-
     monkeypatch.setattr(sample, "decode", timed_decode)
-    monkeypatch.setattr(sample, "prefill", timed_prefill)
-    monkeypatch.setattr(sample, "generate", noted_generate)
+    monkeypatch.setattr(decoding, "prefill", timed_prefill)
     monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-    for batch, speeds in ((1, ("1.00", "0.25")), (2, ("2.00", "0.50"))):  # eight prompts take turns at a batch of two
-        runs[0] = 0
+    for batch, speeds in ((1, ("1.00", "0.25")), (2, ("2.00", "0.50"))):
+        caches.clear()
+        passes.clear()
         few = f"--tokens 12 --prompt-tokens 4 --rounds 2 --thresholds 0 --cache last --batch {batch}".split()
         call(monkeypatch, bench, "decode", *few)
         cells = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()][-2:]
         assert cells[0] == ["0.00", speeds[0], "1.00", "4.00", "4.00", "1.00"]
         assert cells[1] == ["1.00", speeds[1], "4.00", "1.00", "1.00", "1.00"]
-    assert {*caches} == {"last"}
+        assert {(cache.loops, cache.rows) for cache in caches} == {(1, batch)}
+        assert len(caches) == 2 * 3, "a prompt in each place that is not counted, and two that are"
 
 
 def test_decode_takes_a_checkpoint(tmp_path, monkeypatch):
@@ -135,10 +134,9 @@ def test_given_text_leaves_what_generated_text_leaves(rule, threshold):
     how = {"exit": sample.Exit("gate", threshold), "cache": rule}
     for token in sample.generate(net, prompts, max_tokens=9, **how):
         texts[token.row].append(token.id)
-        if len(texts[token.row]) > 1:
-            tokens.append(token)
-    forced, _ = bench.decoded(net, prompts, given=texts, max_tokens=9, batch=2, **how)
-    assert len(forced) == 24
+        tokens.append(token)
+    forced = [*sample.generate(net, prompts, given=texts, max_tokens=9, batch=2, **how)]
+    assert len(forced) == 27
     assert all(token.id == token.likeliest for token in forced)
     pairs = [*zip(*(sorted(found, key=lambda t: t.row) for found in (forced, tokens)), strict=True)]  # stable
     assert all((a.row, a.id, a.loops, a.likeliest) == (b.row, b.id, b.loops, b.likeliest) for a, b in pairs)

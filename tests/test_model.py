@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import model
 from data import chain_tokenizer
-from model import LoopedTransformer, ModelConfig
+from model import FEW_TOKENS, Linear, LoopedTransformer, ModelConfig
 from support import checkpoint
 from support.runtime import DTYPES, UserError
 from support.text import byte_tokenizer, encode_chats, tokenize
@@ -102,6 +102,23 @@ def test_gate_and_logits_are_float32_under_autocast(net, ids):
     with torch.autocast("cpu", torch.bfloat16):
         out = net(ids)
         assert out.gate.dtype == net.logits(out.hidden).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_few_tokens_are_multiplied_the_other_way_round_to_the_same_numbers(dtype, monkeypatch):
+    """Only in float32, without a gradient, and with more than one of them."""
+    linear, plain = Linear(5, 7, bias=False).to(dtype), []
+    real = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: plain.append(x.numel() // 5) or real(x, w))
+    for n in range(1, FEW_TOKENS + 3):
+        for shape in ((n, 5), (1, n, 5), (n, 1, 5)):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(n), dtype=torch.float32).to(dtype)
+            with torch.no_grad():
+                found = linear(x)
+            assert found.shape == (*shape[:-1], 7)
+            assert_close(found, linear(x), rtol=1e-5, atol=1e-6)
+    turned = range(2, FEW_TOKENS + 1) if dtype == torch.float32 else ()
+    assert plain == [n for n in range(1, FEW_TOKENS + 3) for _ in range(3) for _ in range(2 - (n in turned))]
 
 
 def test_the_policy_gradient_reaches_the_backbone_and_the_embedding_through_the_gate(net, ids):
