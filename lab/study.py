@@ -64,6 +64,7 @@ LABELS = {"paper": "LoopRPT (paper)", "exact": "LoopRPT (paper, exact)", "dense"
 LABELS |= {name: f"LoopRPT (dense), {name.removeprefix('dense-')}" for name in VARIANTS if name.startswith("dense-")}
 RATES = {  # LOG.md says how they were chosen
     "demo": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
+    "deep": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
     "text": {"control": "1e-3", "paper": "3e-4", "dense": "1e-3"},
     "shift": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
 }
@@ -73,6 +74,7 @@ TEXT = (
 )
 TRACKS = {  # flags of all runs; {0}: folder of the study
     "demo": "--gate.steps 500 --rpt.steps 500",
+    "deep": "--gate.steps 500 --rpt.steps 500 --data.operands 8 --model.loops 6 --pretrain.steps 5000",
     "text": f"{TEXT} --rpt.steps 1000 --gate.steps 1000",  # more than an epoch of GSM8K
     "shift": f"{TEXT} --rpt.steps 300 --gate.steps 300",  # more than an epoch of Omni-MATH, which no base has seen
 }
@@ -84,7 +86,8 @@ BASELINES = ("base", "stage-1", "paper", "exact")  # what each variant is compar
 
 @dataclass(frozen=True)
 class StudyConfig(Checked):
-    track: Literal["demo", "text", "shift"] = "demo"  # the built-in task; GSM8K; from its bases, Omni-MATH
+    # the built-in task, with 6 operands and 4 loops or 8 and 6 (deep); GSM8K; from its bases, Omni-MATH (shift)
+    track: Literal["demo", "deep", "text", "shift"] = "demo"
     seeds: Positive = 3  # number of bases
     start: NonNegative = 0  # seed of the first; several processes can share a study, each with seeds of its own
     only: tuple[str, ...] = ()  # of the variants (none: all)
@@ -103,7 +106,7 @@ def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
     results = config.results or Path("results") / config.track
     runtime.make_folder(folder)
     runtime.make_folder(results)
-    if config.track != "demo":
+    if config.track in ("text", "shift"):
         prepare_texts(config.track, config.texts, folder)
     for seed in range(config.start, config.start + config.seeds):
         base_scores = None  # they say which tokens each bucket holds
@@ -157,7 +160,7 @@ def command(config: StudyConfig, folder: Path, seed: int, name: str) -> list[str
     stage, rate, flags = VARIANTS[name]
     start = ["--init", str(folder / f"seed-{seed}" / "base" / "base")] if name != "base" else []
     shared = [*(x.format(folder) for x in TRACKS[config.track].split()), "--seed", str(seed), "--device", config.device]
-    if config.track != "demo":
+    if config.track in ("text", "shift"):
         rows = "shift" if config.track == "shift" and name != "base" else "train"
         shared += ["--data.path", str(folder / f"{rows}.jsonl")]
         if runtime.pick_device(config.device).type == "cpu":
@@ -279,6 +282,7 @@ def table(
     bucket: Bucket = "all",
     only: Annotated[tuple[str, ...], tyro.conf.arg(help="these variants (none: all)")] = (),
     at_loops: Annotated[tuple[float, ...], tyro.conf.arg(help="instead, accuracy at these average loops")] = (),
+    operands: Annotated[bool, tyro.conf.arg(help="instead, average loops at each operand, threshold 0.5")] = False,
 ) -> None:
     """A study as Markdown: accuracy in % after each loop and at exit threshold 0.5, average loops, mean accuracy under
     the curve, and how far LoopRPT (dense) is ahead at its own average loops (95 % interval); means over the seeds."""
@@ -289,14 +293,14 @@ def table(
     if wrong := [x for x in at_loops if not 1 <= x <= loops]:
         raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {loops} loops")
     for name, each in results.items():
-        cells = [table_cells(run, at_loops) for run in each]
-        row = {"": LABELS.get(name, name)}
-        row |= {head: mean_std([x[head] for x in cells], 2 if head == "average loops" else 1) for head in cells[0]}
+        cells = [operand_cells(run) if operands else table_cells(run, at_loops) for run in each]
+        row, fine = {"": LABELS.get(name, name)}, ("average loops", *(operand_cells(each[0]) if operands else ()))
+        row |= {head: mean_std([x[head] for x in cells], 2 if head in fine else 1) for head in cells[0]}
         lead, cell = differences.get(f"dense - {name}", {}), "" if name == "dense" else "–"
         if lead.get("seeds") == sorted(run["seed"] for run in each):
             (_, low, high), ahead = ([100 * x for x in lead[key]] for key in ("matched gate", "each"))
             cell = f"{mean_std(ahead, 2, '+')} [{low:+.2f}, {high:+.2f}]"
-        rows.append(row if at_loops else row | {f"{LABELS['dense']} ahead by": cell})
+        rows.append(row if at_loops or operands else row | {f"{LABELS['dense']} ahead by": cell})
     lines = [f"| {' | '.join(cells)} |" for cells in (rows[0], *(row.values() for row in rows))]
     print(lines[0], f"|{'---|' * len(rows[0])}", *lines[1:], sep="\n")
     seeds, tokens = ", ".join(str(run["seed"]) for run in first), " / ".join(f"{run['tokens']:,}" for run in first)
@@ -312,6 +316,14 @@ def table_cells(run: dict, at_loops: Sequence[float]) -> dict[str, float]:
     average_loops, accuracy = at_threshold_half(run)
     cells = {f"loop {i}": 100 * x for i, x in enumerate(run["by_loop"], 1)} | {"threshold 0.5": 100 * accuracy}
     return cells | {"average loops": average_loops, "area": 100 * run["area"]["gate"]}
+
+
+def operand_cells(run: dict) -> dict[str, float]:
+    """Average loops at each operand, which is the depth of its problem, and the rank correlation of both."""
+    loops = [at_threshold_half(scores)[0] for name, scores in run["buckets"].items() if name.startswith("depth_")]
+    ranks = torch.tensor([sorted(loops).index(x) for x in loops])
+    correlation = torch.corrcoef(torch.stack((ranks, torch.arange(len(loops)))).double())[0, 1].item()
+    return {str(n): x for n, x in enumerate(loops, 1)} | {"rank correlation": correlation}
 
 
 # Of lines: colours that the colour-blind tell apart, markers that differ in print

@@ -223,7 +223,7 @@ def test_rows_wait_for_each_other_where_few_save_a_loop(net, monkeypatch, bias, 
     monkeypatch.setattr(LoopedTransformer, "logits", lambda self, h: heads.append(len(h)) or logits(self, h))
     assert collect(generate(net, PROMPTS, **how)) == expected
     loops = [loops for row in expected for _, loops in row[1:]]
-    assert (sum(loops) / len(loops) > 4 / sample.APART[net.norm.weight.device.type]) == together
+    assert (sum(loops) / len(loops) > 4 / sample.apart_cost(net.norm.weight.device, len(PROMPTS))) == together
     assert {*loops} > {4}, "some leave early"
     assert (len(heads) == 12) == together
 
