@@ -74,7 +74,7 @@ TEXT = (
 )
 TRACKS = {  # flags of all runs; {0}: folder of the study
     "demo": "--gate.steps 500 --rpt.steps 500",
-    "deep": "--gate.steps 500 --rpt.steps 500 --data.operands 8 --model.loops 6 --pretrain.steps 5000",
+    "deep": "--gate.steps 500 --rpt.steps 500 --data.operands 8 --model.loops 6",
     "text": f"{TEXT} --rpt.steps 1000 --gate.steps 1000",  # more than an epoch of GSM8K
     "shift": f"{TEXT} --rpt.steps 300 --gate.steps 300",  # more than an epoch of Omni-MATH, which no base has seen
 }
