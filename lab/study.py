@@ -74,7 +74,7 @@ TEXT = (
 )
 TRACKS = {  # flags of all runs; {0}: folder of the study
     "demo": "--gate.steps 500 --rpt.steps 500",
-    "deep": "--gate.steps 500 --rpt.steps 500 --data.operands 8 --model.loops 6",
+    "deep": "--gate.steps 250 --rpt.steps 250 --data.operands 10 --model.loops 6",
     "text": f"{TEXT} --rpt.steps 1000 --gate.steps 1000",  # more than an epoch of GSM8K
     "shift": f"{TEXT} --rpt.steps 300 --gate.steps 300",  # more than an epoch of Omni-MATH, which no base has seen
 }
@@ -86,7 +86,7 @@ BASELINES = ("base", "stage-1", "paper", "exact")  # what each variant is compar
 
 @dataclass(frozen=True)
 class StudyConfig(Checked):
-    # the built-in task, with 6 operands and 4 loops or 8 and 6 (deep); GSM8K; from its bases, Omni-MATH (shift)
+    # the built-in task, with 6 operands and 4 loops or 10 and 6 (deep); GSM8K; from its bases, Omni-MATH (shift)
     track: Literal["demo", "deep", "text", "shift"] = "demo"
     seeds: Positive = 3  # number of bases
     start: NonNegative = 0  # seed of the first; several processes can share a study, each with seeds of its own
