@@ -4,7 +4,6 @@ python -m support.text tokenizer --path train.jsonl --vocab 4096 --out tokenizer
 """
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -43,8 +42,7 @@ def pick_tokenizer(name: str | Path, checkpoint: str | Path | None, built_in: To
     for a checkpoint without tokenizer.json, or whose vocabulary is smaller than the tokenizer's."""
     name = Path(checkpoint) / "tokenizer.json" if name == "auto" and checkpoint else name
     tokenizer = built_in if name == "auto" else byte_tokenizer() if name == "bytes" else load_tokenizer(name)
-    known, needed = load_config(checkpoint).vocab_size if checkpoint else math.inf, vocab_size(tokenizer)
-    if known < needed:
+    if checkpoint and (known := load_config(checkpoint).vocab_size) < (needed := vocab_size(tokenizer)):
         raise UserError(f"{checkpoint} has a vocabulary of {known}, the tokenizer one of {needed}: give its own")
     return tokenizer
 
@@ -177,8 +175,6 @@ def read_documents(path: str | Path, prompt_key: str | None = None, response_key
     path, documents = Path(path), []
     if not os.path.isfile(path) or path.suffix not in (".jsonl", ".json", ".parquet", ".txt"):
         raise UserError(f"{path} is not there, or of an unknown kind: give a .jsonl, .json, .parquet or .txt file")
-    if path.suffix == ".txt":
-        prompt_key, response_key = None, "text"
     for place, record in read_records(path):
         if not isinstance(record, dict):
             raise UserError(f"{place} is a {type(record).__name__}: each must be an object with the prompt's keys")
