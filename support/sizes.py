@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -69,9 +68,10 @@ def peak_lr(stage: Stage, cfg, shape: ModelConfig) -> float:
     return float(f"{lr:.2g}")
 
 
-def row_length(config, rows) -> int:
-    """Tokens of the longest row."""
-    return max(len(row.ids) for row in rows) - 1 if rows else 2 * config.data.operands - 1
+def pass_kind(config, rows, device: torch.device) -> dict:
+    """Of a forward pass: tokens of the longest row, and whether its products are in bfloat16."""
+    length = max(len(row.ids) for row in rows) - 1 if rows else 2 * config.data.operands - 1
+    return {"length": length, "bf16": matmul_dtype(device, config.precision) == "bf16"}
 
 
 def fill_in(config, shape: ModelConfig, rows, device: torch.device):
@@ -88,8 +88,7 @@ def fill_in(config, shape: ModelConfig, rows, device: torch.device):
         steps, lr = cfg.steps or EPOCHS * epoch or BUILT_IN_STEPS[stage], cfg.lr or peak_lr(stage, cfg, shape)
         stages[stage] = replace(cfg, steps=steps, lr=lr)
     if not micro_batch:
-        how = {"rows": 1, "length": row_length(config, rows), "recompute": recompute == "on"}
-        how["bf16"] = matmul_dtype(device, config.precision) == "bf16"
+        how = {"rows": 1, "recompute": recompute == "on"} | pass_kind(config, rows, device)
         row = max(step_memory(stage, shape, cfg, **how)["layers"] for stage, cfg in stages.items())
         most = 1 if is_large else max(1, int(ACTIVATIONS / row))
         micro_batch = most if most < math.ceil(batch / world) else 0
@@ -125,12 +124,11 @@ def free_memory(device: torch.device) -> float:
     return min(free)
 
 
-def require_memory(config, shape: ModelConfig, rows, device: torch.device, done: Sequence[Stage]) -> None:
+def require_memory(config, shape: ModelConfig, rows, device: torch.device, done: tuple[Stage, ...]) -> None:
     """Raise UserError if a stage to come can't fit into the free memory, with what would help first."""
-    (_, world), n, length = processes.rank_and_world(), count_parameters(shape), row_length(config, rows)
+    (_, world), n = processes.rank_and_world(), count_parameters(shape)
     at_once = min(config.train.micro_batch or math.inf, math.ceil(config.train.batch / world))
-    now = {"rows": at_once, "length": length, "recompute": config.train.recompute == "on"}
-    now["bf16"] = matmul_dtype(device, config.precision) == "bf16"
+    now = {"rows": at_once, "recompute": config.train.recompute == "on"} | pass_kind(config, rows, device)
     now["shards"] = processes.count_shards(config.dist, n, device)
     sharing = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # a machine's memory is shared
     free = free_memory(device) / sharing / GIB
@@ -140,8 +138,8 @@ def require_memory(config, shape: ModelConfig, rows, device: torch.device, done:
 
     for stage in config.objective:
         if stage not in done and gib(stage) > free:
-            problem = f"{stage} of {n:,} parameters, {at_once} x {length} tokens at once, needs {gib(stage):.1f} GiB of"
-            problem += f" memory, and {free:.1f} are free on {device.type}"
+            problem = f"{stage} of {n:,} parameters, {at_once} x {now['length']} tokens at once, needs"
+            problem += f" {gib(stage):.1f} GiB of memory, and {free:.1f} are free on {device.type}"
             smallest, flags = gib(stage, rows=1, recompute=True), "--train.micro-batch 1 --train.recompute on"
             ways = "shorter rows (--data.length), more GPUs (torchrun --nproc-per-node, --dist fsdp) or more memory"
             way = flags if smallest <= free else f"{ways}, for with {flags} it needs {smallest:.1f}"
