@@ -6,7 +6,6 @@ python -m lab.bench rpt                              a LoopRPT step beside a nai
 python -m lab.bench gpu --out results/gpu.json       all of it on a GPU, in pieces of at most eight minutes
 """
 
-import itertools
 import subprocess
 import sys
 import time
@@ -240,7 +239,7 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
         return time.perf_counter() - start, peak
 
     runs = {form: [] for form in forms}
-    for turn, form in runtime.progress_bar([*itertools.product(range(1 + config.rounds), forms)], "training"):
+    for turn, form in runtime.progress_bar([(n, form) for n in range(1 + config.rounds) for form in forms], "training"):
         if len(runs[form]) == turn:  # it has fitted into the memory so far
             try:
                 runs[form].append(step(form))
@@ -248,7 +247,7 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
                 optimizer.zero_grad()
     fitting = {form: run[1:] for form, run in runs.items() if len(run) > config.rounds}
     first, peak, results = next(iter(fitting.values()), None), runtime.vendor_flops(device), []
-    precision, made_by = runtime.matmul_dtype(device, config.precision), runtime.provenance(device)
+    precision = runtime.matmul_dtype(device, config.precision)
     how = {"rows": rows, "length": length, "bf16": precision == "bf16", "recompute": config.recompute}
     for form, cfg in forms.items():
         row = {"form": form, "error": "out of memory"}
@@ -263,7 +262,7 @@ def compare_forms(config: Annotated[SpeedConfig, tyro.conf.arg(name="")]) -> Non
     runtime.print_table(title, ("", "tokens/s", "speed-up", "peak GiB", "MFU"), map(speed_cells, results))
     if config.out:
         run = {"bench": config.stage, "shape": config.shape, "precision": precision, "threads": torch.get_num_threads()}
-        checkpoint.write_json(config.out, {"runs": [run | how | {"forms": results} | made_by]})
+        checkpoint.write_json(config.out, {"runs": [run | how | {"forms": results} | runtime.provenance(device)]})
 
 
 def speed_cells(row: dict) -> list[str]:

@@ -2,7 +2,6 @@
 
 import atexit
 import importlib
-import itertools
 import os
 import random
 import subprocess
@@ -172,8 +171,8 @@ def step_flops(stage: str, c, cfg, batch) -> float:
 def open_logger(name: str, folder: Path, config: dict, run_id: str) -> Callable[[dict], None]:
     """Where a step's numbers go besides log.jsonl, and the comparison's; on one axis, the steps of all stages. A run
     that is resumed goes on there. Raises UserError if the package for it isn't installed."""
-    starts = itertools.accumulate((config[stage]["steps"] for stage in config["objective"]), initial=0)
-    starts = dict(zip((*config["objective"], "comparison"), starts, strict=True))
+    order = (*config["objective"], "comparison")
+    starts = {stage: sum(config[before]["steps"] for before in order[:i]) for i, stage in enumerate(order)}
     try:
         wandb = importlib.import_module("wandb") if name == "wandb" else None
         board = importlib.import_module("torch.utils.tensorboard") if name == "tensorboard" else None
