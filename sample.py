@@ -37,9 +37,8 @@ CacheRule = Literal["copy", "last", "full"]
 class Exit(NamedTuple):
     """Leave after the first loop whose score reaches the threshold, after the last loop if none does."""
 
-    rule: str = (
-        "gate"  # score: the gate's cumulative exit probability; the largest token probability; the loop's number
-    )
+    # score: the gate's cumulative exit probability; the largest token probability; the loop's number
+    rule: str = "gate"
     threshold: float = 1.0  # of gate and confidence, 1 means all loops, however far the score is saturated
 
     def reached(self, net: LoopedTransformer, state: Tensor, share: Tensor, loop: Tensor) -> Tensor:
@@ -284,9 +283,6 @@ class SampleConfig(GenerationFlags):
         super().check()
         if not self.prompt or "" in self.prompt:
             raise UserError("the prompt is empty: give some text to continue with --prompt")
-        for flag, given in (*(("prompt", prompt) for prompt in self.prompt), ("system", self.system or "")):
-            if given != given.encode(errors="replace").decode():
-                raise UserError(f"--{flag} {given!r} is not UTF-8: give text")
 
 
 def load_with_tokenizer(folder: str | Path, device, dtype: Precision = "auto") -> tuple[LoopedTransformer, Tokenizer]:
@@ -295,11 +291,11 @@ def load_with_tokenizer(folder: str | Path, device, dtype: Precision = "auto") -
     return net.eval(), text.pick_tokenizer("auto", folder, text.byte_tokenizer())
 
 
-def load_for(config: GenerationFlags) -> tuple[LoopedTransformer, Tokenizer]:
+def load_for(config: GenerationFlags) -> tuple[LoopedTransformer, Tokenizer, Exit]:
     net, tokenizer = load_with_tokenizer(config.folder, pick_device(config.device), config.dtype)
     if (config.loops or 0) > net.config.loops:
         print(f"{config.folder} was trained with {net.config.loops} loops, --loops is {config.loops}", file=sys.stderr)
-    return net, tokenizer
+    return net, tokenizer, config.exit_rule(net.config.exit_threshold)
 
 
 def stop_ids(net: LoopedTransformer, tokenizer: Tokenizer) -> set[int]:
@@ -340,8 +336,7 @@ def main() -> None:
     with unchecked():
         config = tyro.cli(SampleConfig, description=__doc__)
     config.check()
-    net, tokenizer = load_for(config)
-    exit = config.exit_rule(net.config.exit_threshold)
+    net, tokenizer, exit = load_for(config)
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     if data.is_chain(tokenizer):
         if config.json or config.chat:
@@ -364,8 +359,7 @@ def main() -> None:
         elif len(prompts) == 1:
             print(piece, end="", flush=True)  # as it is: rich would change its tabs
 
-    how = {"max_tokens": config.max_tokens, "temperature": config.temperature, "top_p": config.top_p}
-    how |= {"loops": config.loops, "cache": config.cache, "verify": config.verify}
+    how = {flag: getattr(config, flag) for flag in ("max_tokens", "temperature", "top_p", "loops", "cache", "verify")}
     how["seeds"] = [f"{config.seed}/{i}" for i in range(len(prompts))]
     for token in generate(net, prompts, exit=exit, done=lambda row, tokens: tokens[-1] in stops, **how):
         tokens[token.row].append(token)

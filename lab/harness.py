@@ -156,11 +156,10 @@ def main() -> None:
         import lm_eval.tasks
     except ImportError as error:
         raise UserError(f"the harness is not installed ({error}): pip install lm_eval") from error
-    net, tokenizer = sample.load_for(config)
+    net, tokenizer, exit = sample.load_for(config)
     if text.eos_id(tokenizer) is None:
         raise UserError(f"{config.folder} was not trained on text: its tokenizer has no end of text, give another")
     sample.encode_prompts(tokenizer, [""], config)  # refuses chats where the tokenizer lacks their tokens
-    exit = config.exit_rule(net.config.exit_threshold)
     names = [name.strip() for name in config.tasks.split(",") if name.strip()]
     manager = lm_eval.tasks.TaskManager(include_path=config.include_path and str(config.include_path))
     wrong, names = [name for name in names if not manager.match_tasks([name])], manager.match_tasks(names)

@@ -65,8 +65,9 @@ class Checked:
             values = value if Ellipsis in parts and isinstance(value, tuple | list | str) else values
             number = Real if float in parts else Integral
             names = [part for part in parts if isinstance(part, str)] or [True, False] * (bool in parts)
-            if any(str(x) != str(x).encode(errors="replace").decode() for x in values if isinstance(x, Path)):
-                raise UserError(f"{flag(self.group + name, value)!a} is not UTF-8: give another name")
+            for text in (str(x) for x in values if isinstance(x, str | Path)):
+                if text != text.encode(errors="replace").decode():
+                    raise UserError(f"{flag(self.group + name, repr(text))} is not UTF-8: give text that is")
             if isinstance(value, Checked):
                 value.check()
             for limits in (part for part in parts if isinstance(part, Range)):
