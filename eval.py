@@ -115,7 +115,7 @@ class Tally(NamedTuple):
     tokens: Tensor  # D
     correct: Tensor  # D L  after each loop
     logp: Tensor  # D L
-    rules: Tensor  # D R K 2  for each exit rule and threshold: right where it leaves, and loops
+    exits: Tensor  # D R K 2  for each exit rule and threshold: right where it leaves, and loops
 
     def bootstrapped(self, rounds: int = 2000) -> "Tally":
         """Totals of the documents themselves, then of as many drawn from them, the same for every model.    -> 1+W"""
@@ -130,11 +130,9 @@ class Tally(NamedTuple):
         return self.correct / self.tokens[:, None]
 
     def curve(self, rule: str) -> tuple[Tensor, Tensor]:
-        """Average loops and accuracy over the thresholds, from the first loop for all to the last.    -> D K+2 twice"""
-        accuracy, loops = (self.rules[:, [*EXIT_RULES].index(rule)] / self.tokens[:, None, None]).unbind(-1)  # D K
-        ends = self.by_loop()[:, [0, -1]]  # D 2
-        first, last = torch.ones_like(loops[:, :1]), torch.full_like(loops[:, :1], self.correct.shape[1])
-        return torch.cat((first, loops, last), -1), torch.cat((ends[:, :1], accuracy, ends[:, 1:]), -1)
+        """Average loops and accuracy over the thresholds, from the first loop for all to the last.    -> D K twice"""
+        accuracy, loops = (self.exits[:, [*EXIT_RULES].index(rule)] / self.tokens[:, None, None]).unbind(-1)  # D K
+        return loops, accuracy
 
 
 def tally(s: Scores, tokens: Tensor) -> Tally:
@@ -147,7 +145,7 @@ def tally(s: Scores, tokens: Tensor) -> Tally:
     rules = []
     for rule in EXIT_RULES.values():
         reached, points = rule(s)[tokens], []
-        for threshold in FINE:
+        for threshold in (-math.inf, *FINE, math.inf):
             leaves = exit_at(reached, threshold)  # N
             points.append(total(torch.stack((correct.gather(1, leaves[:, None])[:, 0], leaves + 1), -1)))
         rules.append(torch.stack(points, 1))  # D K 2
@@ -161,7 +159,7 @@ def summarize(s: Scores, tokens: Tensor) -> dict:
         sweep = [{"threshold": t, "accuracy": None, "loops": None} for t in THRESHOLDS]
         return {"tokens": 0, "by_loop": [None] * loops, "ce": [None] * loops, "sweep": sweep}
     total = tally(s, tokens).bootstrapped(rounds=0)
-    curves = {name: torch.stack(total.curve(name), -1)[0] for name in EXIT_RULES}  # K+2 2
+    curves = {name: torch.stack(total.curve(name), -1)[0] for name in EXIT_RULES}  # K 2
     swept = dict(zip(FINE, curves["gate"][1:-1].tolist(), strict=True))
     return {
         "tokens": n,
@@ -237,13 +235,15 @@ def print_results(comparison: dict) -> None:
     print_table("accuracy in %, held-out tokens", heads, rows, left=2)
 
 
-def compare_folders(config: EvalConfig, folders: dict[str, Path], rows: Rows, device: torch.device) -> dict[str, float]:
-    """Score checkpoints, by name, on the same rows; print how they compare, and write it.
-    -> each one's loops and accuracy at threshold 0.5"""
+def compare_folders(config: EvalConfig, rows: Rows, device: torch.device) -> dict[str, float]:
+    """Score checkpoints on the same rows; print how they compare, and write it.
+    -> loops and accuracy at threshold 0.5 of each, by the name of its folder, or its path where two have one name"""
     longest = max((len(row.ids) for row in rows), default=2) if rows else 2
     batch, scores = config.batch or min(64, max(1, 2**15 // longest)), {}
     source = data.source(rows, config.data, batch=batch, seed=config.seed, held_out=True)
-    for name, folder in folders.items():
+    unique = len({folder.name for folder in config.models}) == len(config.models)
+    for folder in config.models:
+        name = folder.name if unique else str(folder)
         scores[name] = score(checkpoint.load(folder, device), source, device=device, precision=config.precision)
     comparison = results(scores, device=device, seed=config.seed)
     if config.out:
@@ -273,9 +273,7 @@ def main() -> None:
     if config.data.path:
         rows, notes = data.encode(config.data.path, tokenizer, settings)
         runtime.print_notes(notes)
-    unique = len({folder.name for folder in config.models}) == len(config.models)
-    folders = {folder.name if unique else str(folder): folder for folder in config.models}
-    compare_folders(config, folders, rows, device)
+    compare_folders(config, rows, device)
 
 
 if __name__ == "__main__":

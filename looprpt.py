@@ -37,10 +37,8 @@ Where this differs from the paper: f and g always, the others with --recipe dens
 import copy
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -50,7 +48,6 @@ import tyro
 from einops import rearrange, repeat
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 import data
 import eval
@@ -483,31 +480,29 @@ def train(
         size = config.train.micro_batch or most
 
         # Loss and backward pass, a micro-batch at a time; a process without target tokens exchanges gradients of zero
-        metrics, flops = defaultdict(float), 0.0
+        metrics, flops = {}, 0.0
         for p in parameters:
             p.grad = torch.zeros_like(p)
         for i in range(math.ceil(most / size)):
             micro = data.trim_and_move(Batch(*(part[i * size : (i + 1) * size] for part in batch)), device)
             flops += runtime.step_flops(stage, run.student.config, cfg, micro)
             with runtime.autocast(device, config.precision):
-                if stage == "pretrain":
-                    output = pretrain_step(run.student, micro, cfg, counts=counts)
-                elif stage == "gate":
-                    output = gate_step(run.student, micro, cfg, counts=counts)
-                else:
+                if stage == "rpt":
                     noise = runtime.seeded(config.seed, "noise", run.step, rank, i, device=device)
                     output = rpt_step(run.student, run.teacher, micro, cfg, counts=counts, generator=noise)
+                else:
+                    step = pretrain_step if stage == "pretrain" else gate_step
+                    output = step(run.student, micro, cfg, counts=counts)
             processes.reshard(run.teacher)
             output.loss.backward()
             for name, value in output.metrics.items():
-                metrics[name] += value.double()
+                metrics[name] = metrics.get(name, 0) + value.double()
 
         # Clip; then the one exchange of numbers between processes, and the one wait for a GPU
         processes.reshard(run.student)
-        norm = processes.full_tensor(clip_grad_norm_(parameters, config.train.clip))
+        norm = processes.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, config.train.clip))
         others = torch.tensor([batch.inputs.numel(), flops, stopping()], dtype=torch.float64)
-        sums = torch.cat((torch.stack([*metrics.values()]), to_device(others, device)))
-        processes.all_reduce_sum(sums)
+        sums = processes.all_reduce_sum(torch.cat((torch.stack([*metrics.values()]), to_device(others, device))))
         batch = source.batch(run.step + 1, rank=rank, world=world)  # while a GPU is still at this step
         *values, tokens, flops, stop, norm = torch.cat((sums, norm.to(sums)[None])).tolist()
         lr = cfg.lr * runs.lr_factor(run.step, cfg.steps, config.train.warmup)
@@ -540,29 +535,32 @@ def train(
 
 
 def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.device, stopping: Callable[[], bool]):
-    """All stages that are left.    -> folders of the checkpoints to compare, by name, or None if the run was stopped;
-    and a function that logs how they compare"""
+    """All stages that are left.    -> folders of the checkpoints to compare, or None if the run was stopped; and the
+    first process's function that logs how they compare"""
     folder, (rank, world) = config.folder, processes.rank_and_world()
     done = tuple(stage for stage in config.objective if (folder / FOLDER[stage]).exists())
-    shape, given = model_shape(config, tokenizer), ranges.flatten_config(config)
+    shape, given = config.model, ranges.flatten_config(config)
+    if not config.init:
+        shape = replace(shape, vocab_size=text.vocab_size(tokenizer), eos_token_id=text.eos_id(tokenizer))
+    shape = shape.resolved()
     config = sizes.fill_in(config, shape, rows, device)
     chosen = {name: x for name, x in ranges.flatten_config(config).items() if x != given[name]}
     sizes.require_memory(config, shape, rows, device, done)
-    student = first_student(config, shape, done, device)
-    shape, record = student.config, runs.open_run(folder, config, student, world, [*chosen])
+    student, logger = first_student(config, shape, done, device), None
     if rank == 0:
+        record = runs.open_run(folder, config, student, world, [*chosen])
         runtime.print_notes(sizes.describe(config, shape, chosen))
-    logger = runtime.open_logger(config.logger if rank == 0 else "none", folder, asdict(config), record["id"])
-    models = {config.init.name: config.init} if config.init else {}
+        logger = runtime.open_logger(config.logger, folder, asdict(config), record["id"])
+    models = (config.init,) if config.init else ()
     for stage in config.objective:
         target, steps = folder / FOLDER[stage], getattr(config, stage).steps
         if stage not in done:
             # From the newest state, or from what the stage before left
-            state = runs.latest_state(folder, stage) if config.resume else None
+            state = runs.latest_state(folder, stage, device) if config.resume else None
             student, teacher = runs.load_models(state, shape, device) if state else (student, None)
             run = start_stage(stage, student, config, teacher=teacher)
-            if models:
-                run.saved = f"the last good checkpoint is {[*models.values()][-1]}"
+            if state or models:
+                run.saved = f"the last good checkpoint is {state or models[-1]}"
             if state:
                 runs.restore(run, state, steps)
             if rank == 0:  # with flags that a resume has changed
@@ -570,21 +568,19 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
                 checkpoint.write_json(folder / "run.json", record)
 
             # Train
-            save = partial(runs.save_run, folder=folder, objective=config.objective, keep=config.train.keep)
             with runs.open_log(folder / "log.jsonl", run, done, steps, logger) as log:
-                train(run, config, rows, stopping=stopping, log=log, save=save)
+                train(run, config, rows, stopping=stopping, log=log, save=lambda run: runs.save_run(run, config))
             if run.stopped and run.step < steps:
                 return None, logger
 
             # The checkpoint, with the tokenizer's own files if it came with some
-            keeps_files = config.init and config.data.tokenizer == "auto"
-            files = {"tokenizer": None if keeps_files else tokenizer, "source": config.init}
-            checkpoint.save(run.student, target, dtype=runtime.DTYPES[config.save_dtype], **files)
+            new = None if config.init and config.data.tokenizer == "auto" else tokenizer
+            checkpoint.save(run.student, target, new, dtype=runtime.DTYPES[config.save_dtype], source=config.init)
             done = (*done, stage)
             if stage != config.objective[-1]:
                 last = folder / "state" / f"{stage}-{run.step:06}" / "student"
                 student = checkpoint.load(last, device) if world > 1 else run.student
-        models[target.name if target.name not in models else str(target)] = target
+        models = (*models, target)
     if rank == 0:
         checkpoint.write_json(folder / "run.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
     return models, logger
@@ -594,7 +590,7 @@ def first_student(config: Config, shape: ModelConfig, done: Sequence[Stage], dev
     """The model that the next stage starts from: of the last stage that is done, of --init, or of random weights."""
     if done:
         folder = config.folder / FOLDER[done[-1]]
-        state = runs.latest_state(config.folder, done[-1], getattr(config, done[-1]).steps)
+        state = runs.latest_state(config.folder, done[-1], device, getattr(config, done[-1]).steps)
         student = checkpoint.load(state / "student" if state else folder, device)  # a state is in float32
     elif config.init:
         student = checkpoint.load(config.init, device)
@@ -604,12 +600,6 @@ def first_student(config: Config, shape: ModelConfig, done: Sequence[Stage], dev
         return LoopedTransformer(shape, generator=runtime.seeded(config.seed, "weights")).to(device)
     student.config = shape  # --model.loops may ask for fewer, or more; a checkpoint may name more ends of text
     return student
-
-
-def model_shape(config: Config, tokenizer: Tokenizer) -> ModelConfig:
-    if config.init:
-        return config.model.resolved()
-    return replace(config.model, vocab_size=text.vocab_size(tokenizer), eos_token_id=text.eos_id(tokenizer)).resolved()
 
 
 # The command line
@@ -640,10 +630,9 @@ def main() -> None:
             signals = " ".join(asked) or "another process"
             console.print(f"stopped by {signals}, saved in {newest()}: --resume goes on", soft_wrap=True)
         elif rank == 0:
-            paths, out = tuple(models.values()), folder / "results.json"
-            compared = eval.EvalConfig(paths, config.data, out, seed=config.seed, precision=config.precision)
-            found = eval.compare_folders(compared, models, val_rows, device)
-            log({"stage": "comparison", "step": 1} | found)
+            out = folder / "results.json"
+            compared = eval.EvalConfig(models, config.data, out, seed=config.seed, precision=config.precision)
+            log({"stage": "comparison", "step": 1} | eval.compare_folders(compared, val_rows, device))
 
 
 @ranges.unchecked()
@@ -661,17 +650,15 @@ def parse(args: Sequence[str] | None = None) -> Config:
             raise UserError(f"{record} is not the record of a run ({error!r}): restore it, or start anew") from error
         saved = replace(saved, resume=True, out=folder)
         config = replace(tyro.cli(Config, default=saved, args=args), out=folder)
-        given, kept = (ranges.flatten_config(c) for c in (config, saved))
         fixed = RESUME_FIXED + tuple(f"{stage}." for stage in saved.objective if (folder / FOLDER[stage]).exists())
-        kept = {name: value for name, value in kept.items() if name.startswith(fixed)}
-        ranges.require_same(given, kept, f"the run in {folder}")
+        ranges.require_same(config, saved, f"the run in {folder}", only=fixed)
     else:
         shape = checkpoint.load_config(config.init) if config.init else ModelConfig()
         config = tyro.cli(Config, default=Config(model=shape, rpt=RECIPES[config.recipe]), args=args)
         if config.init:
             config = replace(config, data=config.data.within(shape.max_positions, config.init))
-            given, known = (ranges.flatten_config(c.resolved(), "model.") for c in (config.model, shape))
-            ranges.require_same(given | {"model.loops": shape.loops}, known, f"the checkpoint {config.init}")
+            model = replace(config.model, loops=shape.loops).resolved()
+            ranges.require_same(model, shape, f"the checkpoint {config.init}")
     config.check()
     if not config.init and config.objective[0] != "pretrain":
         problem = f"--objective {config.objective[0]} has nothing to start from"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
@@ -103,17 +103,19 @@ def config_from_json(kind: type, values: dict):
     return kind(**known | nested)  # a flag that came later has its default
 
 
-def flatten_config(config, group: str = "") -> dict[str, object]:
+def flatten_config(config: Checked) -> dict[str, object]:
     """Every flag's name and value."""
     flags = {}
     for f in fields(config):
         value = getattr(config, f.name)
-        flags |= flatten_config(value, f"{f.name}.") if is_dataclass(value) else {f"{group}{f.name}": value}
+        flags |= flatten_config(value) if isinstance(value, Checked) else {config.group + f.name: value}
     return flags
 
 
-def require_same(given: dict[str, object], known: dict[str, object], owner: str) -> None:
-    """Raise UserError for a flag that contradicts what its owner, a run or a checkpoint, has."""
-    for name, value in known.items():
-        if given[name] != value:
-            raise UserError(f"{flag(name, given[name])} contradicts {owner}, which has {value}: leave the flag out")
+def require_same(given: Checked, known: Checked, owner: str, only: tuple[str, ...] = ("",)) -> None:
+    """Raise UserError for a flag that contradicts what its owner, a run or a checkpoint, has.
+    only  how the names begin that are compared (default: all)"""
+    flags = flatten_config(given)
+    for name, value in flatten_config(known).items():
+        if name.startswith(only) and flags[name] != value:
+            raise UserError(f"{flag(name, flags[name])} contradicts {owner}, which has {value}: leave the flag out")

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from model import LoopedTransformer, ModelConfig
 from support import checkpoint
 from support.processes import all_reduce_sum, full_tensor, is_writer
-from support.ranges import flatten_config, require_same
+from support.ranges import require_same
 from support.runtime import UserError, console, git, make_folder, provenance
 
 Stage = Literal["pretrain", "gate", "rpt"]
@@ -62,9 +62,10 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
     return (step + 1) / rise if step < rise else 0.5 + 0.5 * math.cos(math.pi * (step + 1 - rise) / (steps + 1 - rise))
 
 
-def save_run(run: Run, *, folder: Path, objective: Sequence[Stage], keep: int) -> None:
+def save_run(run: Run, config) -> None:
     """Write state/STAGE-STEP, complete or not at all; then only this stage's newest stay, and the last before it.
     Raises UserError if it can't be written, or the weights are not finite: then the last good one stays."""
+    folder = config.folder
     target = folder / "state" / f"{run.stage}-{run.step:06}"
     if not full_tensor(torch.nn.utils.get_total_norm(list(run.student.parameters()))).isfinite():
         problem = f"the weights are not finite after {run.stage} step {run.step}: {run.saved}"
@@ -87,7 +88,7 @@ def save_run(run: Run, *, folder: Path, objective: Sequence[Stage], keep: int) -
         dist.barrier()  # from here on all may read it
     if is_writer():
         mine = saved_states(folder, (run.stage,))
-        for old in mine[keep:] + [s for s in saved_states(folder, objective) if s not in mine][1:]:
+        for old in mine[config.train.keep :] + [s for s in saved_states(folder, config.objective) if s not in mine][1:]:
             (old / "state.json").unlink(missing_ok=True)  # from here on it is no checkpoint
             shutil.rmtree(old, ignore_errors=True)
 
@@ -116,27 +117,23 @@ def damage_of(state: Path) -> str | None:
     return f"{', '.join(wrong)} changed since it was written" if wrong else None
 
 
-def latest_state(folder: Path, stage: Stage, step: int | None = None) -> Path | None:
+def latest_state(folder: Path, stage: Stage, device="cpu", step: int | None = None) -> Path | None:
     """The newest sound state of a stage, or that of a step; damaged ones are renamed. All processes agree."""
-    chosen = torch.tensor(-1)  # its step: objects would travel between processes as pickles
-    if is_writer():
-        states = saved_states(folder, (stage,))
-        for state in states if step is None else [s for s in states if s.name == f"{stage}-{step:06}"]:
-            if not (damage := damage_of(state)):
-                chosen.fill_(int(state.name.partition("-")[2]))
-                break
-            console.print(f"{state} is skipped ({damage})", soft_wrap=True)
-            state.rename(f"{state}.damaged-{uuid.uuid4().hex[:8]}")  # it may still be of use to somebody
-    if dist.is_initialized():
-        chosen = chosen.to("cuda") if dist.get_backend() == "nccl" else chosen
-        dist.broadcast(chosen, 0)
+    chosen = torch.tensor(-1 if is_writer() else 0, device=device)  # its step: objects would travel as pickles
+    states = saved_states(folder, (stage,)) if is_writer() else []
+    for state in states if step is None else [s for s in states if s.name == f"{stage}-{step:06}"]:
+        if not (damage := damage_of(state)):
+            chosen.fill_(int(state.name.partition("-")[2]))
+            break
+        console.print(f"{state} is skipped ({damage})", soft_wrap=True)
+        state.rename(f"{state}.damaged-{uuid.uuid4().hex[:8]}")  # it may still be of use to somebody
+    all_reduce_sum(chosen)
     return folder / "state" / f"{stage}-{int(chosen):06}" if chosen >= 0 else None
 
 
 def load_models(state: Path, shape: ModelConfig, device: torch.device) -> tuple:
     """Student and teacher (or None) of a saved state. Raises UserError if they are of another shape."""
-    saved, given = (flatten_config(c, "model.") for c in (checkpoint.load_config(state / "student"), shape))
-    require_same(given, saved, f"{state} (remove it if it is another run's)")
+    require_same(shape, checkpoint.load_config(state / "student"), f"{state} (remove it if it is another run's)")
     return tuple(checkpoint.load(x, device) if x.exists() else None for x in (state / "student", state / "teacher"))
 
 
@@ -144,7 +141,6 @@ def restore(run: Run, state: Path, steps: int) -> None:
     """Give a run the position and the moments of a saved state. Raises UserError if that has done more steps."""
     info = checkpoint.read_json(state / "state.json")
     run.step, run.skipped, run.bad = info["step"], info["skipped"], info["bad"]
-    run.saved = f"the last good checkpoint is {state}"
     if run.step > steps:
         raise UserError(f"--{run.stage}.steps {steps} is less than the {run.step} that {state} has done: give more")
     parameters, updates = dict(run.student.named_parameters()), float(run.step - run.skipped)
@@ -238,8 +234,6 @@ def open_run(folder: Path, config, student: LoopedTransformer, world: int, chose
     chosen  flags whose values were not given"""
     parameters, device = sum(p.numel() for p in student.parameters()), student.embed_tokens.weight.device
     record = {"id": uuid.uuid4().hex[:8], "config": asdict(config), "chosen": chosen, "parameters": parameters}
-    if not is_writer():
-        return record
     own = config.init / "tokenizer.json" if config.init and config.data.tokenizer == "auto" else config.data.tokenizer
     files = {"path": config.data.path or "", "val": config.data.val or "", "tokenizer": own}
     record |= {"sha256": {name: checksum(x) for name, x in files.items() if os.path.isfile(x)}, "starts": []}

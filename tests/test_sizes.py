@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -550,7 +549,7 @@ def test_an_evaluation_takes_as_many_rows_at_once_as_have_32768_tokens(length, g
     monkeypatch.setattr(data, "source", lambda *_, batch, **how: seen.append(batch))
     monkeypatch.setattr(eval, "results", lambda *_, **how: {"models": {}})
     monkeypatch.setattr(eval, "print_results", lambda _: None)
-    config = eval.EvalConfig((Path("a"),), DataConfig(), batch=given)
-    eval.compare_folders(config, {}, rows(length, 3), CPU)
-    eval.compare_folders(config, {}, None, CPU)
+    config = eval.EvalConfig((), DataConfig(), batch=given)
+    eval.compare_folders(config, rows(length, 3), CPU)
+    eval.compare_folders(config, None, CPU)
     assert seen == [expected, given or 64]
