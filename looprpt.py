@@ -577,9 +577,8 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
             new = None if config.init and config.data.tokenizer == "auto" else tokenizer
             checkpoint.save(run.student, target, new, dtype=runtime.DTYPES[config.save_dtype], source=config.init)
             done = (*done, stage)
-            if stage != config.objective[-1]:
-                last = folder / "state" / f"{stage}-{run.step:06}" / "student"
-                student = checkpoint.load(last, device) if world > 1 else run.student
+            if world > 1 and stage != config.objective[-1]:  # whole again
+                student = checkpoint.load(folder / "state" / f"{stage}-{run.step:06}" / "student", device)
         models = (*models, target)
     if rank == 0:
         checkpoint.write_json(folder / "run.json", record | {"finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})

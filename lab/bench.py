@@ -147,8 +147,7 @@ def plan(config: Annotated[PlanConfig, tyro.conf.arg(name="")]) -> None:
     how = {"rows": config.rows, "length": config.length, "bf16": True, "recompute": True}
     for gpus in config.gpus:
         bytes_of = sizes.step_memory(config.objective, c, cfg, shards=min(gpus, config.per_machine), **how)
-        gib = (size / 2**30 for size in (*bytes_of.values(), sum(bytes_of.values())))
-        cells.append([str(gpus), *(f"{x:.1f}" for x in gib)])
+        cells.append([str(gpus), *(f"{x / 2**30:.1f}" for x in (*bytes_of.values(), sum(bytes_of.values())))])
     title = f"{config.objective} ({config.recipe}), {config.shape}, sharded: GiB per GPU"
     runtime.print_table(title, ("GPUs", *bytes_of, "all"), cells, left=0)
     cache = 2 * c.layers * c.loops * c.kv_heads * c.head_dim * 2 // 2**10

@@ -68,10 +68,9 @@ def count_shards(kind: Literal["auto", "ddp", "fsdp"], parameters: int, device: 
     """Over how many processes a copy of the weights is spread."""
     if not dist.is_initialized():
         return 1
-    if kind == "auto":
-        size = 20 * parameters  # bytes: weights, gradient, two moments, teacher
-        small = device.type == "cpu" or size < torch.cuda.get_device_properties(device).total_memory / 2
-        kind = "fsdp" if all_reduce_sum(torch.tensor(float(not small), device=device)) else "ddp"  # the same on all
+    if kind == "auto":  # 20 bytes a parameter: weights, gradient, two moments, teacher
+        large = device.type == "cuda" and 20 * parameters > torch.cuda.get_device_properties(device).total_memory / 2
+        kind = "fsdp" if all_reduce_sum(torch.tensor(float(large), device=device)) else "ddp"  # the same on all
     world = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     return 1 if kind == "ddp" else local if local > 1 and world % local == 0 else world

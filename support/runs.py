@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -236,7 +235,7 @@ def open_run(folder: Path, config, student: LoopedTransformer, world: int, chose
     record = {"id": uuid.uuid4().hex[:8], "config": asdict(config), "chosen": chosen, "parameters": parameters}
     own = config.init / "tokenizer.json" if config.init and config.data.tokenizer == "auto" else config.data.tokenizer
     files = {"path": config.data.path or "", "val": config.data.val or "", "tokenizer": own}
-    record |= {"sha256": {name: checksum(x) for name, x in files.items() if os.path.isfile(x)}, "starts": []}
+    record |= {"sha256": {name: checksum(x) for name, x in files.items() if Path(x).is_file()}, "starts": []}
     for pattern in (*(f".{name}.*.tmp" for name in FOLDER.values()), "state/.*.tmp"):  # of saves that were cut off
         for leftover in folder.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)
