@@ -539,10 +539,8 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
     first process's function that logs how they compare"""
     folder, (rank, world) = config.folder, processes.rank_and_world()
     done = tuple(stage for stage in config.objective if (folder / FOLDER[stage]).exists())
-    shape, given = config.model, ranges.flatten_config(config)
-    if not config.init:
-        shape = replace(shape, vocab_size=text.vocab_size(tokenizer), eos_token_id=text.eos_id(tokenizer))
-    shape = shape.resolved()
+    own = {} if config.init else {"vocab_size": text.vocab_size(tokenizer), "eos_token_id": text.eos_id(tokenizer)}
+    shape, given = replace(config.model, **own).resolved(), ranges.flatten_config(config)
     config = sizes.fill_in(config, shape, rows, device)
     chosen = {name: x for name, x in ranges.flatten_config(config).items() if x != given[name]}
     sizes.require_memory(config, shape, rows, device, done)

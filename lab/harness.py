@@ -71,10 +71,8 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
             return [id for i, part in parts for id in text.tokenize(tokenizer, [part], special=i % 2 == 0)[0]]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            turns = []
-            for role, content in ((m["role"], m["content"].replace(SHIELD, "")) for m in chat_history):
-                told = SHIELD.join(control.split(content)) if role == "assistant" else f"{content}{SHIELD}"
-                turns.append(f"{role}\n{told}" if role == "assistant" else f"{SHIELD}{role}\n{told}")
+            told = [f"{m['role']}\n{m['content'].replace(SHIELD, '')}" for m in chat_history]
+            turns = [SHIELD.join(control.split(x) if x.startswith("assistant\n") else ("", x, "")) for x in told]
             turns += ["assistant\n" + f"{THINK}\n" * config.thinking] * add_generation_prompt
             return f"{text.IM_END}\n".join(f"{text.IM_START}{turn}" for turn in turns)
 
@@ -132,8 +130,7 @@ def harness_model(net: LoopedTransformer, tokenizer: Tokenizer, exit: Exit, conf
                         next(bar, None)
                     return ended
 
-                flags = {"loops": config.loops, "cache": config.cache, "batch": config.batch, "max_tokens": limit}
-                flags["verify"] = config.verify
+                flags = {x: getattr(config, x) for x in ("loops", "cache", "verify", "batch")} | {"max_tokens": limit}
                 greedy, top_p = not how["do_sample"] or how.get("top_p") == 0, how.get("top_p") or 1.0
                 flags |= {"temperature": 0.0 if greedy else how.get("temperature", 1.0), "top_p": top_p}
                 for token in generate(net, [prompts[i] for i in group], exit=exit, done=done, seeds=seeds, **flags):

@@ -54,9 +54,8 @@ def exit_process(problem: str | None = None) -> NoReturn:
     if problem:
         print(problem, file=sys.stderr)
     atexit._run_exitfuncs()
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        with suppress(OSError, ValueError):  # closed, or full
-            stream.flush()
+    with suppress(OSError, ValueError, AttributeError):  # closed, full, or none is there
+        sys.stdout.flush()
     os._exit(bool(problem))
 
 
