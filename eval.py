@@ -207,10 +207,8 @@ def interpolate(x: Tensor, loops: Tensor, accuracy: Tensor) -> Tensor:
 
 def results(scores: dict[str, Scores], *, device: torch.device, seed: int) -> dict:
     """What results.json holds. The buckets are those of the first model."""
-    sets = buckets(next(iter(scores.values())))
-    models = {}
-    for name, s in scores.items():
-        models[name] = {"buckets": {bucket: summarize(s, tokens) for bucket, tokens in sets.items()}}
+    sets = buckets(next(iter(scores.values()))).items()
+    models = {name: {"buckets": {x: summarize(s, tokens) for x, tokens in sets}} for name, s in scores.items()}
     return {"models": models} | runtime.provenance(device) | {"seed": seed}
 
 

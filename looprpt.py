@@ -539,8 +539,8 @@ def run_stages(config: Config, tokenizer: Tokenizer, rows: Rows, device: torch.d
     first process's function that logs how they compare"""
     folder, (rank, world) = config.folder, processes.rank_and_world()
     done = tuple(stage for stage in config.objective if (folder / FOLDER[stage]).exists())
-    own = {} if config.init else {"vocab_size": text.vocab_size(tokenizer), "eos_token_id": text.eos_id(tokenizer)}
-    shape, given = replace(config.model, **own).resolved(), ranges.flatten_config(config)
+    words = {} if config.init else {"vocab_size": text.vocab_size(tokenizer), "eos_token_id": text.eos_id(tokenizer)}
+    shape, given = replace(config.model, **words).resolved(), ranges.flatten_config(config)
     config = sizes.fill_in(config, shape, rows, device)
     chosen = {name: x for name, x in ranges.flatten_config(config).items() if x != given[name]}
     sizes.require_memory(config, shape, rows, device, done)
@@ -641,11 +641,8 @@ def parse(args: Sequence[str] | None = None) -> Config:
     config = tyro.cli(Config, description=__doc__.partition("\n\nThe paper")[0], args=args)
     folder, record = config.folder, config.folder / "run.json"
     if config.resume and record.exists():
-        try:
-            saved = ranges.config_from_json(Config, checkpoint.read_json(record)["config"])
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{record} is not the record of a run ({error!r}): restore it, or start anew") from error
-        saved = replace(saved, resume=True, out=folder)
+        values = checkpoint.read_json(record).get("config", {"config": None})  # none: it is another program's
+        saved = ranges.config_from_json(Config, values | {"resume": True, "out": folder})
         config = replace(tyro.cli(Config, default=saved, args=args), out=folder)
         fixed = RESUME_FIXED + tuple(f"{stage}." for stage in saved.objective if (folder / FOLDER[stage]).exists())
         ranges.require_same(config, saved, f"the run in {folder}", only=fixed)

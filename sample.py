@@ -287,8 +287,7 @@ class SampleConfig(GenerationFlags):
 
 def load_with_tokenizer(folder: str | Path, device, dtype: Precision = "auto") -> tuple[LoopedTransformer, Tokenizer]:
     """The model and its tokenizer. Raises UserError for a folder that lacks one, or if they don't fit."""
-    net = checkpoint.load(folder, device, None if dtype == "auto" else DTYPES[dtype])
-    return net.eval(), text.pick_tokenizer("auto", folder, text.byte_tokenizer())
+    return checkpoint.load(folder, device, DTYPES.get(dtype)), text.pick_tokenizer("auto", folder)
 
 
 def load_for(config: GenerationFlags) -> tuple[LoopedTransformer, Tokenizer, Exit]:

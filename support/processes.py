@@ -114,8 +114,7 @@ def reshard(net: nn.Module | None) -> None:
 @contextmanager
 def stop_signals() -> Iterator[list[str]]:
     """The names of the signals that asked for an end; a second one ends at once."""
-    asked: list[str] = []
-    since: list[float] = []
+    asked, since = [], []  # the last one's name; when they came
 
     def note(number: int, frame) -> None:
         asked[:] = [signal.Signals(number).name]

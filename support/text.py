@@ -37,7 +37,7 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def pick_tokenizer(name: str | Path, checkpoint: str | Path | None, built_in: Tokenizer) -> Tokenizer:
+def pick_tokenizer(name: str | Path, checkpoint: str | Path | None, built_in: Tokenizer | None = None) -> Tokenizer:
     """The one asked for by name or path, else ('auto') the checkpoint's own, else the built-in one. Raises UserError
     for a checkpoint without tokenizer.json, or whose vocabulary is smaller than the tokenizer's."""
     name = Path(checkpoint) / "tokenizer.json" if name == "auto" and checkpoint else name
