@@ -115,7 +115,7 @@ def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
             if not train_variant(config, folder, seed, name):
                 console.print("stopped: the same command goes on", soft_wrap=True)
                 return
-            if result.exists() and (run_folder / "tally.safetensors").exists():
+            if result.exists() and (run_folder / "tallies.safetensors").exists():
                 continue
             console.print(f"scoring {name}, seed {seed}")
             base_scores = base_scores or score_variant(config, folder, seed, "base")
@@ -126,7 +126,7 @@ def run(config: Annotated[StudyConfig, tyro.conf.arg(name="")]) -> None:
                 summaries[bucket].pop("curves", None)  # by operand they are many, and nothing reads them
             tallies = {bucket: eval.tally(scores, sets[bucket])._asdict() for bucket in COMPARED_BUCKETS}
             sums = {f"{bucket}.{key}": x.contiguous() for bucket in tallies for key, x in tallies[bucket].items()}
-            save_file(sums, run_folder / "tally.safetensors")
+            save_file(sums, run_folder / "tallies.safetensors")
             flags, starts = command(config, folder, seed, name), checkpoint.read_json(run_folder / "run.json")["starts"]
             made = {"variant": name, "seed": seed, "command": shlex.join(["python", "looprpt.py", *flags])}
             write_result(result, config, **made, trained=starts[-1], buckets=summaries)
@@ -211,7 +211,7 @@ def score_variant(config: StudyConfig, folder: Path, seed: int, name: str) -> ev
 
 def compare_variants(config: StudyConfig, folder: Path, results: Path) -> None:
     """Write the differences between variants, averaged over the seeds that both have, with bootstrap intervals."""
-    paths, differences = sorted(folder.glob("seed-*/*/tally.safetensors")), {}
+    paths, differences = sorted(folder.glob("seed-*/*/tallies.safetensors")), {}
     for bucket in COMPARED_BUCKETS:
         tallies, differences[bucket] = defaultdict(dict), {}
         for path in runtime.progress_bar(paths, f"comparing {bucket}"):
@@ -292,6 +292,8 @@ def table(
     loops = len(first[0]["by_loop"])
     if wrong := [x for x in at_loops if not 1 <= x <= loops]:
         raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {loops} loops")
+    if operands and (at_loops or "depth_1" not in first[0]["buckets"]):
+        raise UserError("--operands: give files of chain arithmetic, results/demo/*.json, and no --at-loops")
     for name, each in results.items():
         cells = [operand_cells(run) if operands else table_cells(run, at_loops) for run in each]
         row, fine = {"": LABELS.get(name, name)}, ("average loops", *(operand_cells(each[0]) if operands else ()))
@@ -321,9 +323,10 @@ def table_cells(run: dict, at_loops: Sequence[float]) -> dict[str, float]:
 def operand_cells(run: dict) -> dict[str, float]:
     """Average loops at each operand, which is the depth of its problem, and the rank correlation of both."""
     loops = [at_threshold_half(scores)[0] for name, scores in run["buckets"].items() if name.startswith("depth_")]
-    ranks = torch.tensor([sorted(loops).index(x) for x in loops])
-    correlation = torch.corrcoef(torch.stack((ranks, torch.arange(len(loops)))).double())[0, 1].item()
-    return {str(n): x for n, x in enumerate(loops, 1)} | {"rank correlation": correlation}
+    x = torch.tensor(loops, dtype=torch.double)
+    ranks = (x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2
+    correlation = torch.corrcoef(torch.stack((ranks, torch.arange(len(x)))))[0, 1].item()
+    return {str(n): mean for n, mean in enumerate(loops, 1)} | {"rank correlation": correlation}
 
 
 # Of lines: colours that the colour-blind tell apart, markers that differ in print

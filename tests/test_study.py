@@ -275,7 +275,7 @@ def test_the_precision_of_text_is_the_one_that_multiplies_faster(monkeypatch):
         assert study.fast_precision() == fast
         for track in study.TRACKS:
             flags = study.command(study.StudyConfig(track=track, device="cpu"), Path("out"), 0, "base")
-            assert ("--precision" in flags) == (track != "demo")
+            assert ("--precision" in flags) == (track in ("text", "shift"))
     study.fast_precision.cache_clear()
 
 
@@ -350,6 +350,23 @@ def test_a_table_of_accuracy_at_numbers_of_loops(done, monkeypatch, capsys):
     assert f"Seeds 0, 1; {parts[0]['tokens']:,} / {parts[1]['tokens']:,} tokens (all)." in out
 
 
+def test_a_table_of_loops_at_each_operand(monkeypatch, capsys, tmp_path):
+    """Mean and spread over seeds, and Spearman's correlation of operand and average loops, ties included."""
+    for seed, loops in enumerate(([1.0, 2.0, 2.0, 4.0], [1.5, 1.0, 3.0, 2.0])):
+        found = json.loads((ROOT / f"results/demo/base-{seed}.json").read_text())
+        found["buckets"] = {"all": found["buckets"]["all"]}
+        for n, x in enumerate(loops, 1):
+            found["buckets"][f"depth_{n}"] = {"sweep": [{"threshold": 0.5, "loops": x, "accuracy": 0.5}]}
+        (tmp_path / f"base-{seed}.json").write_text(json.dumps(found))
+    call(monkeypatch, study, "table", *files(tmp_path), "--operands")
+    head, _, row, *_ = capsys.readouterr().out.splitlines()
+    assert head == "|  | 1 | 2 | 3 | 4 | rank correlation |"
+    first, second = 4.5 / (4.5 * 5) ** 0.5, 0.6  # of ranks 1 2.5 2.5 4 and 2 1 4 3 with 1 2 3 4
+    mean, spread = (first + second) / 2, abs(first - second) / 2**0.5
+    cells = f"1.25 ± 0.35 | 1.50 ± 0.71 | 2.50 ± 0.71 | 3.00 ± 1.41 | {mean:.2f} ± {spread:.2f}"
+    assert row == f"| base | {cells} |"
+
+
 def test_each_seeds_curve_is_read_for_itself(done, monkeypatch, capsys, tmp_path):
     """Averaged before they are read, curves whose points lie elsewhere would give something else."""
     for seed, curve in enumerate(([[1, 0.2], [1.5, 0.6], [3, 0.6]], [[1, 0.4], [2.5, 0.4], [3, 0.8]])):
@@ -416,6 +433,8 @@ def test_a_picture_is_written(monkeypatch, tmp_path):
         (["run", "--start", "-1"], "--start -1 is out of its range: give a number 0 or more"),
         (["run", "--only", "best"], "--only best: unknown, there are base"),
         (["table", *DEMO, "--only", "best"], "--only best: unknown, there are base, dense"),
+        (["table", *DEMO, "--at-loops", "2", "--operands"], "--operands: give files of chain arithmetic"),
+        (["table", "results/text/base-0.json", "--operands"], "--operands: give files of chain arithmetic"),
         (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),
         (["table"], "the files are of nothing, not one for each of the seeds [] (no run): give"),
         (["table", "results/bench.json"], "no result file of `python -m lab.study run`"),
