@@ -9,7 +9,7 @@ python -m lab.bench gpu --out results/gpu.json       all of it on a GPU, in piec
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Literal
@@ -62,7 +62,7 @@ class DecodeConfig(Checked):
     batch: Positive = 1  # prompts side by side; when one ends, another one takes its place
     prompt_tokens: Positive = 16  # tokens of each prompt, drawn at random
     tokens: AtLeastTwo = 64  # new tokens of each; the first one comes from the prompt
-    rounds: Positive = 3  # so many prompts in each place are counted, after a first one that isn't
+    rounds: Positive = 3  # prompts in each row that are timed, after one that isn't
     verify: NonNegative = 0  # tokens that the exits draft, to be checked at full depth together (0: none are)
     cache: sample.CacheRule = "copy"  # as in sample.py
     device: str = "auto"  # cpu, cuda, cuda:1 (auto: a GPU if there is one)
@@ -72,8 +72,8 @@ class DecodeConfig(Checked):
 
 def race(net: LoopedTransformer, prompts: list[list[int]], runs: list[dict], *, skip: int, count: int, **how):
     """Loops of a token on average and tokens per second of each run, by `count` tokens after the first `skip`. The runs
-    take turns, a token each, so that what else slows the machine down slows all of them. Prompts don't count, nor the
-    token that comes from each, and they never run out.    -> as many floats as runs, twice"""
+    take turns, a token each, so that what else slows the machine down slows all of them; each has a cache of its own.
+    Prompts never run out. Their passes don't count, nor the token from each, but its head.    -> R floats, R floats"""
     in_prompts, seconds, loops = 0.0, [0.0] * len(runs), [0] * len(runs)
 
     def prefill(*args) -> Tensor:
@@ -97,7 +97,7 @@ def race(net: LoopedTransformer, prompts: list[list[int]], runs: list[dict], *, 
 
 
 def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
-    """Tokens per second at each exit threshold beside full depth (1), while no row lacks a prompt.
+    """Tokens per second at each exit threshold beside full depth (1), as long as there are prompts for all rows.
     Ideal is L / average loops: a loop that isn't run costs nothing, and all else is free."""
     config.check()
     runtime.require_new(config.out)
@@ -118,14 +118,15 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     full = speeds[thresholds.index(1)]
     for threshold, mean, speed in zip(thresholds, loops, speeds, strict=True):
         row = {"threshold": threshold, "tokens_per_s": speed, "loops": mean, "speedup": speed / full}
-        rows.append(row | {"ideal": most / mean, "of_ideal": row["speedup"] * mean / most})
-    cells = ([f"{x:.2f}" for x in row.values()] for row in rows)
+        ideal = most / mean if not config.verify and config.cache != "full" else None
+        rows.append(row | {"ideal": ideal, "of_ideal": ideal and row["speedup"] / ideal})
+    cells = (["–" if x is None else f"{x:.2f}" for x in row.values()] for row in rows)
     name = str(config.folder or config.shape)
     title = f"decoding, {name}, batch {config.batch}, cache '{config.cache}', verify {config.verify}"
     runtime.print_table(title, ("threshold", "tokens/s", "loops", "speed-up", "ideal", "of ideal"), cells, left=0)
     if config.out:
-        result = {"decode": name, "batch": config.batch, "cache": config.cache, "verify": config.verify}
-        result |= {"dtype": str(net.norm.weight.dtype), "rows": rows}
+        result = asdict(config) | {"decode": name, "dtype": str(net.norm.weight.dtype), "rows": rows}
+        result["threads"] = torch.get_num_threads()
         checkpoint.write_json(config.out, result | runtime.provenance(device))
 
 

@@ -292,8 +292,8 @@ def table(
     loops = len(first[0]["by_loop"])
     if wrong := [x for x in at_loops if not 1 <= x <= loops]:
         raise UserError(f"--at-loops {' '.join(map(str, wrong))}: these models have between 1 and {loops} loops")
-    if operands and (at_loops or "depth_1" not in first[0]["buckets"]):
-        raise UserError("--operands: give files of chain arithmetic, results/demo/*.json, and no --at-loops")
+    if operands and (at_loops or bucket != "all" or "depth_1" not in first[0]["buckets"]):
+        raise UserError("--operands: give files of chain arithmetic, results/demo/*.json, without other columns")
     for name, each in results.items():
         cells = [operand_cells(run) if operands else table_cells(run, at_loops) for run in each]
         row, fine = {"": LABELS.get(name, name)}, ("average loops", *(operand_cells(each[0]) if operands else ()))
@@ -321,11 +321,11 @@ def table_cells(run: dict, at_loops: Sequence[float]) -> dict[str, float]:
 
 
 def operand_cells(run: dict) -> dict[str, float]:
-    """Average loops at each operand, which is the depth of its problem, and the rank correlation of both."""
+    """Average loops at each operand, the depth of its problem, and their rank correlation (0: all are equal)."""
     loops = [at_threshold_half(scores)[0] for name, scores in run["buckets"].items() if name.startswith("depth_")]
     x = torch.tensor(loops, dtype=torch.double)
     ranks = (x[:, None] > x).sum(1) + (x[:, None] == x).sum(1) / 2
-    correlation = torch.corrcoef(torch.stack((ranks, torch.arange(len(x)))))[0, 1].item()
+    correlation = torch.corrcoef(torch.stack((ranks, torch.arange(len(x)))))[0, 1].nan_to_num().item()
     return {str(n): mean for n, mean in enumerate(loops, 1)} | {"rank correlation": correlation}
 
 

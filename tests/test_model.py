@@ -104,21 +104,27 @@ def test_gate_and_logits_are_float32_under_autocast(net, ids):
         assert out.gate.dtype == net.logits(out.hidden).dtype == torch.float32
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_few_tokens_are_multiplied_the_other_way_round_to_the_same_numbers(dtype, monkeypatch):
-    """Only in float32, without a gradient, and with more than one of them."""
-    linear, plain = Linear(5, 7, bias=False).to(dtype), []
-    real = torch.nn.functional.linear
+def test_few_tokens_are_multiplied_the_other_way_round_to_the_same_numbers(dtype, threads, monkeypatch):
+    """Only in float32, without a gradient or autocast, and with more than one of them."""
+    linear, plain, real = Linear(5, 7).to(dtype), [], torch.nn.functional.linear
+    assert linear.bias is None
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: plain.append(x.numel() // 5) or real(x, w))
-    for n in range(1, FEW_TOKENS + 3):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    most = FEW_TOKENS[threads - 1]
+    for n in range(1, most + 3):
         for shape in ((n, 5), (1, n, 5), (n, 1, 5)):
             x = torch.randn(shape, generator=torch.Generator().manual_seed(n), dtype=torch.float32).to(dtype)
             with torch.no_grad():
                 found = linear(x)
             assert found.shape == (*shape[:-1], 7)
             assert_close(found, linear(x), rtol=1e-5, atol=1e-6)
-    turned = range(2, FEW_TOKENS + 1) if dtype == torch.float32 else ()
-    assert plain == [n for n in range(1, FEW_TOKENS + 3) for _ in range(3) for _ in range(2 - (n in turned))]
+    turned = range(2, most + 1) if dtype == torch.float32 else ()
+    assert plain == [n for n in range(1, most + 3) for _ in range(3) for _ in range(2 - (n in turned))]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.ones(2, 5, dtype=dtype)).dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
+    assert plain[-1] == 2, "autocast takes it as it is"
 
 
 def test_the_policy_gradient_reaches_the_backbone_and_the_embedding_through_the_gate(net, ids):
