@@ -57,7 +57,7 @@ CPU = torch.device("cpu")
         (Config, {"precision": "fp8"}, "--precision fp8 is unknown: give auto, bf16, fp32"),
         (eval.EvalConfig, {"models": ("a",), "data": DataConfig(), "batch": -1}, "--batch -1 is out of its range"),
         (bench.PlanConfig, {"gpus": (1, 0)}, "--gpus 1 0 is out of its range: give a number from 1 to 1024"),
-        (study.StudyConfig, {"track": "sums"}, "--track sums is unknown: give demo, text"),
+        (study.StudyConfig, {"track": "sums"}, "--track sums is unknown: give demo, deep, text"),
     ],
     ids=lambda x: str(x)[:40],
 )
