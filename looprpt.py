@@ -641,8 +641,11 @@ def parse(args: Sequence[str] | None = None) -> Config:
     config = tyro.cli(Config, description=__doc__.partition("\n\nThe paper")[0], args=args)
     folder, record = config.folder, config.folder / "run.json"
     if config.resume and record.exists():
-        values = checkpoint.read_json(record).get("config", {"config": None})  # none: it is another program's
-        saved = ranges.config_from_json(Config, values | {"resume": True, "out": folder})
+        try:
+            values = checkpoint.read_json(record)["config"] | {"resume": True, "out": folder}
+            saved = ranges.config_from_json(Config, values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{record} is not the record of a run ({error!r}): restore it, or start anew") from error
         config = replace(tyro.cli(Config, default=saved, args=args), out=folder)
         fixed = RESUME_FIXED + tuple(f"{stage}." for stage in saved.objective if (folder / FOLDER[stage]).exists())
         ranges.require_same(config, saved, f"the run in {folder}", only=fixed)

@@ -98,8 +98,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Without bias; the other way round for few tokens in float32, which a CPU then multiplies in as little as a third
-    of the time, on several threads above all."""
+    """Without bias; the other way round for few tokens, which a CPU multiplies in down to a third of the time then."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)

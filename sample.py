@@ -37,8 +37,7 @@ CacheRule = Literal["copy", "last", "full"]
 class Exit(NamedTuple):
     """Leave after the first loop whose score reaches the threshold, after the last loop if none does."""
 
-    # score: the gate's cumulative exit probability; the largest token probability; the loop's number
-    rule: str = "gate"
+    rule: str = "gate"  # its score: the gate's cumulative exit probability; the largest token probability; the loop
     threshold: float = 1.0  # of gate and confidence, 1 means all loops, however far the score is saturated
 
     def reached(self, net: LoopedTransformer, state: Tensor, share: Tensor, loop: Tensor) -> Tensor:

@@ -126,8 +126,7 @@ def decode(config: Annotated[DecodeConfig, tyro.conf.arg(name="")]) -> None:
     runtime.print_table(title, ("threshold", "tokens/s", "loops", "speed-up", "ideal", "of ideal"), cells, left=0)
     if config.out:
         result = asdict(config) | {"decode": name, "dtype": str(net.norm.weight.dtype), "rows": rows}
-        result["threads"] = torch.get_num_threads()
-        checkpoint.write_json(config.out, result | runtime.provenance(device))
+        checkpoint.write_json(config.out, result | runtime.provenance(device) | {"threads": torch.get_num_threads()})
 
 
 @dataclass(frozen=True)

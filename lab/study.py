@@ -296,8 +296,8 @@ def table(
         raise UserError("--operands: give files of chain arithmetic, results/demo/*.json, without other columns")
     for name, each in results.items():
         cells = [operand_cells(run) if operands else table_cells(run, at_loops) for run in each]
-        row, fine = {"": LABELS.get(name, name)}, ("average loops", *(operand_cells(each[0]) if operands else ()))
-        row |= {head: mean_std([x[head] for x in cells], 2 if head in fine else 1) for head in cells[0]}
+        digits = {head: 2 if operands or head == "average loops" else 1 for head in cells[0]}
+        row = {"": LABELS.get(name, name)} | {head: mean_std([x[head] for x in cells], digits[head]) for head in digits}
         lead, cell = differences.get(f"dense - {name}", {}), "" if name == "dense" else "–"
         if lead.get("seeds") == sorted(run["seed"] for run in each):
             (_, low, high), ahead = ([100 * x for x in lead[key]] for key in ("matched gate", "each"))

@@ -385,3 +385,6 @@ def test_a_run_with_flags_of_another_version_is_not_resumed_as_something_else(ru
     (tmp_path / "run.json").write_text(json.dumps(record))
     message = refused(monkeypatch, looprpt, "--out", tmp_path, "--resume")
     assert message == "the run was started with flags of another version (rep_loops): go on with that version"
+    for wrong in ({}, {"config": None}, {"config": 5}, {"config": {"rpt": {"lr": {"a": 1}}}}):
+        (tmp_path / "run.json").write_text(json.dumps(wrong))
+        assert "is not the record of a run" in refused(monkeypatch, looprpt, "--out", tmp_path, "--resume")
