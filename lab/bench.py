@@ -72,8 +72,9 @@ class DecodeConfig(Checked):
 
 def race(net: LoopedTransformer, prompts: list[list[int]], runs: list[dict], *, skip: int, count: int, **how):
     """Loops of a token on average and tokens per second of each run, by `count` tokens after the first `skip`. The runs
-    take turns, a token each, so that what else slows the machine down slows all of them; each has a cache of its own.
-    Prompts never run out. Their passes don't count, nor the token from each, but its head.    -> R floats, R floats"""
+    take turns, a token each, in an order that is drawn: the machine slows down for all, and the first after a pause is
+    up to 4 % slower. Each has a cache of its own. Prompts never run out; their passes don't count, nor the token from
+    each, but its head.    -> R floats, R floats"""
     in_prompts, seconds, loops = 0.0, [0.0] * len(runs), [0] * len(runs)
 
     def prefill(*args) -> Tensor:
@@ -84,10 +85,10 @@ def race(net: LoopedTransformer, prompts: list[list[int]], runs: list[dict], *, 
         return state
 
     with mock.patch.object(sample, "prefill", prefill):
-        each = [(sample.generate(net, prompts, **how, **run), set()) for run in runs]
+        each, turns = [(sample.generate(net, prompts, **how, **run), set()) for run in runs], runtime.seeded("turns")
         for n in runtime.progress_bar(range(skip + count), "decoding"):
-            for i, (tokens, begun) in enumerate(each):
-                start = time.perf_counter() - in_prompts
+            for i in torch.randperm(len(runs), generator=turns).tolist():
+                (tokens, begun), start = each[i], time.perf_counter() - in_prompts
                 while (token := next(tokens)).row not in begun:
                     begun.add(token.row)
                 if n >= skip:
