@@ -72,9 +72,8 @@ class DecodeConfig(Checked):
 
 def race(net: LoopedTransformer, prompts: list[list[int]], runs: list[dict], *, skip: int, count: int, **how):
     """Loops of a token on average and tokens per second of each run, by `count` tokens after the first `skip`. The runs
-    take turns, a token each, in an order that is drawn: the machine slows down for all, and the first after a pause is
-    up to 4 % slower. Each has a cache of its own. Prompts never run out; their passes don't count, nor the token from
-    each, but its head.    -> R floats, R floats"""
+    take turns, a token each, in a drawn order: the first after a pause is up to 4 % slower. Each has its own cache.
+    Prompts never run out; their passes don't count, nor the token from each, but its head.    -> R floats, R floats"""
     in_prompts, seconds, loops = 0.0, [0.0] * len(runs), [0] * len(runs)
 
     def prefill(*args) -> Tensor:
