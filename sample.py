@@ -135,9 +135,7 @@ def generate(
     generators, waiting = [seeded("draws", s) for s in seeds or range(len(prompts))], [*range(len(prompts))]
     told, spent = 0, 0  # tokens so far, and their loops
     streams, spread = [], partial(distribution, temperature=temperature, top_p=top_p)
-    state, exit_state = (
-        weight.new_zeros(size, weight.shape[1]) for _ in range(2)
-    )  # R D  of newest tokens; where they left
+    state, exit_state = weight.new_zeros(2, size, weight.shape[1])  # R D  of newest tokens; where they left
     log_stay = net.gate(state)  # R  log P(the gate has not stopped it); set to 0 at a token's start
 
     def numbers(streams: Sequence[Stream]) -> list[float]:
@@ -167,7 +165,9 @@ def generate(
 
         # Tokens that have left: the next one, which starts at the first loop. Where few save a loop, all wait for all
         left = [s for s in streams if s.exit_loop and (cache != "full" or s.loops_run == loops)]
-        if left and (verify or len(left) == len(streams) or apart_cost(weight.device, size) * spent < told * loops):
+        running = [s for s in streams if s not in left]
+        is_level = not any(s.loops_run for s in running)  # they start one, too
+        if left and (verify or is_level or apart_cost(weight.device, size) * spent < told * loops):
             slots = [s.slot for s in left]
             logits = net.logits(exit_state[slots])  # R V
             likeliest = chosen = logits.argmax(-1)  # R
@@ -187,7 +187,6 @@ def generate(
                     streams.remove(s)
             continue  # with the first tokens of prompts that take the rows of those that have ended
 
-        running = [s for s in streams if s not in left]
         slots, ran, positions = map(list, zip(*((s.slot, s.loops_run, s.position) for s in running), strict=True))
         if verify:
             how = {"loops": loops, "reached": partial(exit.reached, net), "spread": spread}

@@ -228,6 +228,14 @@ def test_rows_wait_for_each_other_where_few_save_a_loop(net, monkeypatch, bias, 
     assert (len(heads) == 12) == together
 
 
+def test_where_rows_wait_a_prompt_that_takes_a_free_row_starts_with_the_others(net, monkeypatch):
+    passes = []
+    monkeypatch.setattr(sample, "decode", lambda *args: passes.append(1) or decode(*args))
+    given = [[1] * n for n in (3, 5, 4, 4)]  # rows of 3 + 4 and 5 + 4 tokens; of each prompt the last isn't fed
+    assert len(list(generate(net, PROMPTS, max_tokens=9, given=given, batch=2))) == 16
+    assert len(passes) == 4 * (4 + 3)
+
+
 def test_given_tokens_are_taken_and_the_likeliest_ones_told(net, copying):
     """With one token changed, its row goes on from it; the others' tokens are the likeliest, at the same loops."""
     for cache in ("copy", "last", "full"):
