@@ -66,7 +66,7 @@ RATES = {  # LOG.md says how they were chosen
     "demo": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
     "deep": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
     "text": {"control": "1e-3", "paper": "3e-4", "dense": "1e-3"},
-    "shift": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
+    "shift": {"control": "3e-3", "paper": "1e-3", "dense": "3e-3"},
 }
 TEXT = (
     "--data.tokenizer {0}/tokenizer.json --data.length 256 --model.layers 2 --model.width 192 --train.batch 8 "
