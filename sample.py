@@ -166,8 +166,8 @@ def generate(
         # Tokens that have left: the next one, which starts at the first loop. Where few save a loop, all wait for all
         left = [s for s in streams if s.exit_loop and (cache != "full" or s.loops_run == loops)]
         running = [s for s in streams if s not in left]
-        is_level = not any(s.loops_run for s in running)  # they start one, too
-        if left and (verify or is_level or apart_cost(weight.device, size) * spent < told * loops):
+        all_begin = not any(s.loops_run for s in running)  # they start one, too
+        if left and (verify or all_begin or apart_cost(weight.device, size) * spent < told * loops):
             slots = [s.slot for s in left]
             logits = net.logits(exit_state[slots])  # R V
             likeliest = chosen = logits.argmax(-1)  # R
