@@ -41,9 +41,9 @@ DENSE = "--recipe dense"
 VARIANTS = {  # stage, which of the learning rates, and flags
     "base": ("pretrain", None, ""),
     "next-token": ("rpt", "control", f"{NEXT_TOKEN} --rpt.rho 1"),
-    "next-token-hard": ("rpt", "control", NEXT_TOKEN),
+    "next-token-hard": ("rpt", "paper", NEXT_TOKEN),
     "stage-1": ("rpt", "control", f"{STAGE_I} --rpt.rho 1"),
-    "stage-1-hard": ("rpt", "control", STAGE_I),
+    "stage-1-hard": ("rpt", "paper", STAGE_I),
     "stage-2": ("gate", None, "--gate.lr 1e-2"),
     "paper": ("rpt", "paper", ""),
     "exact": ("rpt", "paper", EXACT),
@@ -65,7 +65,7 @@ LABELS |= {name: f"LoopRPT (dense), {name.removeprefix('dense-')}" for name in V
 RATES = {  # LOG.md says how they were chosen
     "demo": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
     "deep": {"control": "1e-3", "paper": "1e-3", "dense": "1e-3"},
-    "text": {"control": "1e-3", "paper": "3e-4", "dense": "1e-3"},
+    "text": {"control": "3e-3", "paper": "3e-4", "dense": "3e-3"},
     "shift": {"control": "3e-3", "paper": "1e-3", "dense": "3e-3"},
 }
 TEXT = (
