@@ -435,7 +435,7 @@ def test_a_picture_is_written(monkeypatch, tmp_path):
         (["table", *DEMO, "--only", "best"], "--only best: unknown, there are base, dense"),
         (["table", *DEMO, "--at-loops", "2", "--operands"], "--operands: give files of chain arithmetic"),
         (["table", *DEMO, "--bucket", "hard", "--operands"], "--operands: give files of chain arithmetic"),
-        (["table", "results/text-1e-3/base-0.json", "--operands"], "--operands: give files of chain arithmetic"),
+        (["table", "results/text/base-0.json", "--operands"], "--operands: give files of chain arithmetic"),
         (["table", *DEMO, "--at-loops", "0.5", "2", "7"], "--at-loops 0.5 7.0: these models have between 1 and 4"),
         (["table"], "the files are of nothing, not one for each of the seeds [] (no run): give"),
         (["table", "results/bench.json"], "no result file of `python -m lab.study run`"),
