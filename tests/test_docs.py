@@ -96,15 +96,11 @@ def test_the_readme_table_of_five_rows_is_that_of_the_results(track):
     ahead = json.loads((results / "against.json").read_text())["against"]["hard"]
     labels = study.LABELS | {"next-token": "next-token training", "stage-1": "continued Stage I"}
     for name in ("base", "next-token", "stage-1", "paper", "dense"):
-        earlier = (track, name) == ("text", "paper")  # of an earlier set, as the README says
-        results = ROOT / "results" / ("text-1e-3" if earlier else track)
         buckets = [json.loads((results / f"{name}-{seed}.json").read_text())["buckets"]["hard"] for seed in range(3)]
         loops, accuracy = zip(*map(study.at_threshold_half, buckets), strict=True)
         cells = [[100 * b["by_loop"][-1] for b in buckets], [100 * a for a in accuracy]]
         row = [labels.get(name, name), *(study.mean_std(values, 1) for values in cells), study.mean_std([*loops], 2)]
-        if earlier:
-            row.append("–")
-        elif name != "dense":
+        if name != "dense":
             middle, low, high = (100 * x for x in ahead[f"dense - {name}"]["matched gate"])
             row.append(f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]")
         assert f"| {' | '.join(row)} |" in readme, name
