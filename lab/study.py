@@ -335,7 +335,7 @@ STYLES |= {"dense": "#D55E00 *-"}
 
 
 def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> None:
-    """A picture of a study, means over the seeds: accuracy over average loops, whole and around threshold 0.5."""
+    """A picture of a study, means over the seeds: accuracy over average loops, whole, and the best 2.5 points of it."""
     from matplotlib.figure import Figure
 
     results = {name: each for name, each in load_study(files, bucket)[0].items() if name in STYLES}
@@ -345,17 +345,18 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2, subplot_kw={"xlabel": "average loops (large mark: threshold 0.5)"})
     half = torch.tensor([[at_threshold_half(run) for run in each] for each in results.values()])  # variants seeds 2
-    half[..., 1] *= 100
+    marks = half.mean(1) * torch.tensor([1, 100])
     for ax in axes:
-        for (name, each), marked in zip(results.items(), half.mean(1), strict=True):
+        for (name, each), marked in zip(results.items(), marks, strict=True):
             color, line = STYLES[name].split()
             loops, accuracy = torch.tensor([run["curves"]["gate"] for run in each]).mean(0).T
             ax.plot(*marked, line, color=color, markersize=10)
             ax.plot(loops, 100 * accuracy, line, color=color, markersize=3, label=LABELS.get(name, name))
         ax.grid(visible=True, alpha=0.3)
-    (x0, y0), (x1, y1) = half.amin((0, 1)).tolist(), half.amax((0, 1)).tolist()
-    axes[1].set(xlim=(x0 - 0.2, x1 + 0.2), ylim=(y0 - 0.5, y1 + 0.5))
-    axes[0].set_ylabel(f"accuracy in %, {bucket} tokens")
+    (low, _), (high, best) = marks.amin(0).tolist(), marks.amax(0).tolist()
+    axes[1].set(xlim=(low - 0.2, high + 0.2), ylim=(best - 2.5, best + 0.5))
+    sort = "of {} to {} nats".format(*eval.DIFFICULTY[bucket]) if bucket in eval.DIFFICULTY else f"({bucket})"
+    axes[0].set_ylabel(f"accuracy in %, tokens {sort}".replace("to inf nats", "nats or more"))
     axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     path = out / f"{next(iter(results.values()))[0]['track']}-pareto.png"
     figure.savefig(path, dpi=150)

@@ -87,12 +87,14 @@ def test_the_docs_have_what_their_table_commands_print(monkeypatch, capsys):
     assert len(tables) >= 5
     for args in tables:
         call(monkeypatch, study, *expanded(args))
-        assert capsys.readouterr().out.strip() in TEXT, args
+        printed = capsys.readouterr().out.strip()
+        assert not [line for line in printed.split("\n") if line not in TEXT.split("\n")], args  # the odd rows
+        assert printed in TEXT, args
 
 
 @pytest.mark.parametrize("track", ["text", "shift"])
 def test_the_readme_table_of_five_rows_is_that_of_the_results(track):
-    readme, results = (ROOT / "README.md").read_text(), ROOT / "results" / track
+    tables, results = (ROOT / "README.md").read_text().split("| **Omni-MATH** |"), ROOT / "results" / track
     ahead = json.loads((results / "against.json").read_text())["against"]["hard"]
     labels = study.LABELS | {"next-token": "next-token training", "stage-1": "continued Stage I"}
     for name in ("base", "next-token", "stage-1", "paper", "dense"):
@@ -103,7 +105,7 @@ def test_the_readme_table_of_five_rows_is_that_of_the_results(track):
         if name != "dense":
             middle, low, high = (100 * x for x in ahead[f"dense - {name}"]["matched gate"])
             row.append(f"{middle:+.2f} [{low:+.2f}, {high:+.2f}]")
-        assert f"| {' | '.join(row)} |" in readme, name
+        assert f"| {' | '.join(row)} |" in tables[track == "shift"], name
 
 
 def test_every_link_leads_to_a_file_of_the_project():
@@ -172,4 +174,4 @@ def test_the_docs_table_of_speeds_is_that_of_the_results():
 
 def test_results_hold_no_path_of_the_machine_that_made_them():
     for path in (ROOT / "results").rglob("*.json"):
-        assert '"/' not in path.read_text(), path
+        assert not re.findall(r"""["'\s=]/\w[^"]*""", path.read_text()), path
