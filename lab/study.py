@@ -344,17 +344,16 @@ def plot(files: Files, out: Path = Path("assets"), bucket: Bucket = "all") -> No
     runtime.make_folder(out)
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2, subplot_kw={"xlabel": "average loops (large mark: threshold 0.5)"})
-    half = torch.tensor([[at_threshold_half(run) for run in each] for each in results.values()])  # variants seeds 2
-    marks = half.mean(1) * torch.tensor([1, 100])
+    marks = torch.tensor([[at_threshold_half(run) for run in each] for each in results.values()]).mean(1)  # variants 2
     for ax in axes:
         for (name, each), marked in zip(results.items(), marks, strict=True):
             color, line = STYLES[name].split()
             loops, accuracy = torch.tensor([run["curves"]["gate"] for run in each]).mean(0).T
-            ax.plot(*marked, line, color=color, markersize=10)
+            ax.plot(marked[0], 100 * marked[1], line, color=color, markersize=10)
             ax.plot(loops, 100 * accuracy, line, color=color, markersize=3, label=LABELS.get(name, name))
         ax.grid(visible=True, alpha=0.3)
     (low, _), (high, best) = marks.amin(0).tolist(), marks.amax(0).tolist()
-    axes[1].set(xlim=(low - 0.2, high + 0.2), ylim=(best - 2.5, best + 0.5))
+    axes[1].set(xlim=(low - 0.2, high + 0.2), ylim=(100 * best - 2.5, 100 * best + 0.5))
     sort = "of {} to {} nats".format(*eval.DIFFICULTY[bucket]) if bucket in eval.DIFFICULTY else f"({bucket})"
     axes[0].set_ylabel(f"accuracy in %, tokens {sort}".replace("to inf nats", "nats or more"))
     axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
