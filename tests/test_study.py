@@ -419,6 +419,15 @@ def test_a_picture_holds_a_curve_for_each_variant(done, monkeypatch, tmp_path):
     assert right.get_ylim() == pytest.approx((max(accuracy) - 2.5, max(accuracy) + 0.5))
 
 
+@pytest.mark.parametrize(("bucket", "nats"), [("easy", "0.5 to 1.0 nats"), ("hard", "1.5 nats or more")])
+def test_a_picture_says_which_tokens_it_is_of(bucket, nats, monkeypatch, tmp_path):
+    labels = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda f, _, **__: labels.append(f.axes[0].get_ylabel()))
+    paths = sorted((ROOT / "results/text").glob("dense-?.json"))
+    call(monkeypatch, study, "plot", *paths, "--bucket", bucket, "--out", tmp_path)
+    assert labels == [f"accuracy in %, tokens of {nats}"]
+
+
 def test_a_picture_is_written(monkeypatch, tmp_path):
     call(monkeypatch, study, "plot", *(ROOT / path for path in DEMO), "--out", tmp_path / "assets")
     assert [path.name for path in (tmp_path / "assets").iterdir()] == ["demo-pareto.png"]
